@@ -1,0 +1,175 @@
+"""Request bodies read strictly: nothing is accepted and ignored.
+
+Envoy's transcoder drops unknown JSON fields, takes "3" for a number and the last of two equal keys. So
+REST bodies reach the services as raw bytes and are read here, and native messages take the same way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from typing import Annotated, Any, TypeVar
+
+from google.protobuf import json_format, message
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from svc_kit.errors import InvalidRequest
+
+MAX_DEPTH = 32
+LARGEST_EXACT_INT = 2**53
+_MAX_ERRORS_SHOWN = 3
+
+
+def _integral(value: Any) -> Any:
+    """JSON knows no integers: 3.0 is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
+class StrictBody(BaseModel):
+    """A body, or an object in one: no unknown field, no value of another type, no null."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nulls(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if item is None:
+                    raise ValueError(f"`{key}` is null; leave it out instead")
+        return value
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InvalidRequest: the body is no JSON object, repeats a key, is nested over `MAX_DEPTH` deep, or
+            holds what JSON or a database can't carry (NaN, a lone surrogate).
+    """
+    if not body.strip():
+        raise InvalidRequest("The body is empty; a JSON object was expected.")
+    try:
+        value = json.loads(body, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        check_json_value(value)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8: byte {error.start} can't be read.") from error
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from error
+    except RecursionError as error:
+        raise InvalidRequest(f"The body is nested over {MAX_DEPTH} levels deep.") from error
+    except ValueError as error:
+        raise InvalidRequest(f"The body can't be taken: {error}.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"The body is a JSON {_json_type(value)}; an object was expected.")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key `{repeated}` is there twice")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def check_json_value(value: Any, path: str = "", depth: int = 0) -> None:
+    """Checks that a value comes back unchanged from where it is kept.
+
+    Raises:
+        ValueError: it is nested too deep, or holds a number or a text that can't be kept exactly.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"`{path}` is nested over {MAX_DEPTH} levels deep")
+    match value:
+        case dict():
+            for key, item in value.items():
+                check_json_value(key, path, depth)
+                check_json_value(item, f"{path}.{key}" if path else key, depth + 1)
+        case list():
+            for index, item in enumerate(value):
+                check_json_value(item, f"{path}[{index}]", depth + 1)
+        case str():
+            if any("\ud800" <= char <= "\udfff" for char in value):
+                raise ValueError(f"`{path}` holds half of a surrogate pair, which is no text")
+        case bool():
+            pass
+        case int() if abs(value) > LARGEST_EXACT_INT:
+            raise ValueError(f"`{path}` is a number too large to be kept exactly; send it as a string")
+        case float() if not math.isfinite(value):
+            raise ValueError(f"`{path}` is not a finite number")
+
+
+def validate(body_type: type[Body], value: dict[str, Any]) -> Body:
+    """Builds a body from a parsed object.
+
+    Raises:
+        InvalidRequest: names each wrong field, what was expected and what was found.
+    """
+    try:
+        return body_type.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        shown = "; ".join(_describe(item, value) for item in found[:_MAX_ERRORS_SHOWN])
+        more = f"; and {len(found) - _MAX_ERRORS_SHOWN} more" if len(found) > _MAX_ERRORS_SHOWN else ""
+        field = _path(found[0]["loc"], value)
+        raise InvalidRequest(f"{shown}{more}.", **({"field": field} if field else {})) from error
+
+
+def _path(location: tuple[int | str, ...], value: Any) -> str:
+    """The field's path as a user would write it; pydantic's names of union members are left out."""
+    path = ""
+    for index, part in enumerate(location):
+        is_last = index == len(location) - 1
+        if isinstance(part, int):
+            path += f"[{part}]"
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        elif is_last or (isinstance(value, dict) and part in value):
+            path += f".{part}" if path else part
+            value = value.get(part) if isinstance(value, dict) else None
+    return path
+
+
+def _describe(item: Any, value: dict[str, Any]) -> str:
+    path = _path(item["loc"], value)
+    match item["type"]:
+        case "extra_forbidden":
+            return f"`{path}` is not a known field"
+        case "missing":
+            return f"`{path}` is missing"
+        case "value_error":
+            message_text = str(item["ctx"]["error"])
+            return f"`{path}`: {message_text}" if path else message_text
+    text = item["msg"][:1].lower() + item["msg"][1:]
+    found = json.dumps(item["input"], default=str, ensure_ascii=False)
+    return f"`{path}`: {text}, but it is {found if len(found) <= 80 else found[:77] + '...'}"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Returns ` (did you mean X?)`, or nothing where no known name is like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def message_to_object(native: message.Message) -> dict[str, Any]:
+    """Returns a native message as the object that its REST twin would have sent; unset fields are absent."""
+    return json_format.MessageToDict(native, preserving_proto_field_name=True)
