@@ -1,0 +1,1 @@
+"""Datasets: rows checked, bytes stored, and made ready for jobs."""

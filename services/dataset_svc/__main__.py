@@ -1,0 +1,62 @@
+"""Runs dataset_svc: reads the environment, opens connections, serves."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from dataset_svc.data_sources import DataSources
+from dataset_svc.datasets import Datasets
+from dataset_svc.job_data import JobData
+from dataset_svc.servicer import DatasetServicer, JobDataServicer
+from dataset_svc.settings import DatasetSettings
+from dataset_svc.tables import metadata
+from dataset_svc.uploads import Uploads
+from svc_kit.database import Database, migrate
+from svc_kit.identity import Issuer, Verifier
+from svc_kit.log import configure_log
+from svc_kit.object_store import ObjectStore
+from svc_kit.server import ServedService, connect, make_server, serve
+from tunery.dataset.v1 import dataset_service_pb2_grpc, job_data_service_pb2_grpc
+from tunery.job.v1.job_service_pb2_grpc import JobLifeServiceStub
+
+
+async def main(settings: DatasetSettings) -> None:
+    """Serves until told to stop."""
+    url = settings.database_url.get_secret_value()
+    await asyncio.to_thread(migrate, url, Path(__file__).with_name("migrations"), metadata)
+    database = Database(url)
+    store = ObjectStore(settings)
+    await store.wait_and_create_bucket()
+    job_channel = connect(settings.job_svc_address)
+
+    datasets = Datasets(
+        database, store, JobLifeServiceStub(job_channel), Issuer.load("dataset_svc", settings.identity_dir)
+    )
+    uploads = Uploads(datasets, store, settings.max_upload_bytes)
+    sources = DataSources(settings, datasets, store)
+    job_data = JobData(sources, datasets, store)
+    services = [
+        ServedService(
+            "tunery.dataset.v1.DatasetService",
+            DatasetServicer(datasets, uploads),
+            dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server,
+            frozenset({"account"}),
+        ),
+        ServedService(
+            "tunery.dataset.v1.JobDataService",
+            JobDataServicer(sources, datasets, job_data),
+            job_data_service_pb2_grpc.add_JobDataServiceServicer_to_server,
+            frozenset({"job_svc"}),
+        ),
+    ]
+    server, health = make_server(services, Verifier(settings.identity_dir))
+    await serve(server, health, settings.listen, [datasets.sweep()])
+    await job_channel.close()
+    await database.close()
+
+
+if __name__ == "__main__":
+    settings = DatasetSettings()
+    configure_log("dataset_svc", settings.log_level)
+    asyncio.run(main(settings))

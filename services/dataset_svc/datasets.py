@@ -1,0 +1,212 @@
+"""Datasets as their owners see them: stored whole or not at all, listed, deleted, held by jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import re
+from typing import Any
+
+import grpc
+import sqlalchemy as sa
+import structlog
+
+from dataset_svc.incoming_file import CheckedFile, Format
+from dataset_svc.tables import datasets, holds
+from svc_kit.database import DATABASE_AWAY, Database, utc_now
+from svc_kit.errors import DatasetInUse, NotFound, UnknownDataset
+from svc_kit.identity import Issuer
+from svc_kit.ids import new_id
+from svc_kit.interceptors import from_rpc_error
+from svc_kit.object_store import ObjectStore, account_prefix
+from tunery.job.v1 import job_service_pb2
+from tunery.job.v1.job_service_pb2_grpc import JobLifeServiceStub
+
+log = structlog.get_logger(__name__)
+
+_DATASET_ID = re.compile(r"ds-[a-z2-7]{20}")
+_ASK_SECONDS = 10
+# A hold comes before its job: for so long the job may still be on its way into the database.
+_YOUNG = dt.timedelta(seconds=60)
+_ABANDONED = dt.timedelta(hours=24)
+_SWEEP_SECONDS = 600
+
+
+class Datasets:
+    """The datasets of all accounts; methods with an `account_id` act for that one."""
+
+    def __init__(
+        self, database: Database, store: ObjectStore, job_life: JobLifeServiceStub, issuer: Issuer
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._job_life = job_life
+        self._issuer = issuer
+
+    async def begin(self, account_id: str, format_: Format) -> sa.Row[Any]:
+        """Notes an upload under way, so that what it leaves behind can be found; shown to nobody."""
+        dataset_id = new_id("ds")
+        insert = datasets.insert().values(
+            id=dataset_id,
+            account_id=account_id,
+            status="uploading",
+            format=format_,
+            object_key=f"{account_prefix(account_id)}datasets/{dataset_id}",
+            created_at=utc_now(),
+        )
+        async with self._database.write() as connection:
+            return (await connection.execute(insert.returning(*datasets.c))).one()
+
+    async def commit(self, dataset_id: str, name: str, file: CheckedFile) -> sa.Row[Any]:
+        """Shows a dataset whose bytes are stored."""
+        update = (
+            datasets.update()
+            .where(datasets.c.id == dataset_id, datasets.c.status == "uploading")
+            .values(
+                status="stored",
+                name=name,
+                size_bytes=file.size_bytes,
+                row_count=file.row_count,
+                columns=list(file.columns),
+                created_at=utc_now(),
+            )
+        )
+        async with self._database.write() as connection:
+            return (await connection.execute(update.returning(*datasets.c))).one()
+
+    async def discard(self, dataset_id: str) -> None:
+        """Forgets an upload that came to nothing."""
+        await self._remove(dataset_id)
+
+    async def get(self, account_id: str, dataset_id: str) -> sa.Row[Any]:
+        """Returns a dataset.
+
+        Raises:
+            NotFound: the account has no such dataset.
+        """
+        if _DATASET_ID.fullmatch(dataset_id):
+            async with self._database.read() as connection:
+                row = (await connection.execute(_stored(account_id, dataset_id))).one_or_none()
+            if row is not None:
+                return row
+        raise NotFound(f"There is no dataset {dataset_id[:60]!r}.")
+
+    async def list(self, account_id: str) -> list[sa.Row[Any]]:
+        """Returns the account's datasets, newest first."""
+        query = (
+            datasets.select()
+            .where(datasets.c.account_id == account_id, datasets.c.status == "stored")
+            .order_by(datasets.c.number.desc())
+        )
+        async with self._database.read() as connection:
+            return list(await connection.execute(query))
+
+    async def hold(self, account_id: str, dataset_id: str, job_id: str) -> sa.Row[Any]:
+        """Keeps a dataset from being deleted while a job lives. Idempotent.
+
+        Raises:
+            UnknownDataset: the account has no such dataset.
+        """
+        if _DATASET_ID.fullmatch(dataset_id):
+            async with self._database.write() as connection:
+                # The row's lock sets holding and deleting one after the other.
+                found = _stored(account_id, dataset_id).with_for_update()
+                row = (await connection.execute(found)).one_or_none()
+                own = sa.and_(holds.c.dataset_id == dataset_id, holds.c.job_id == job_id)
+                if row is not None and (await connection.execute(holds.select().where(own))).first() is None:
+                    await connection.execute(
+                        holds.insert().values(dataset_id=dataset_id, job_id=job_id, created_at=utc_now())
+                    )
+            if row is not None:
+                return row
+        raise UnknownDataset(f"There is no dataset {dataset_id[:60]!r}.", field="dataset_id")
+
+    async def release(self, job_id: str) -> None:
+        """Gives a job's holds back. Idempotent."""
+        async with self._database.write() as connection:
+            await connection.execute(holds.delete().where(holds.c.job_id == job_id))
+
+    async def delete(self, account_id: str, dataset_id: str) -> None:
+        """Deletes a dataset.
+
+        Raises:
+            NotFound: the account has no such dataset.
+            DatasetInUse: a job that has not ended holds it.
+        """
+        await self.get(account_id, dataset_id)
+        await self._drop_lapsed_holds(dataset_id)
+        async with self._database.write() as connection:
+            if (await connection.execute(_stored(account_id, dataset_id).with_for_update())).first() is None:
+                raise NotFound(f"There is no dataset {dataset_id!r}.")
+            query = sa.select(holds.c.job_id).where(holds.c.dataset_id == dataset_id).limit(1)
+            job_id = await connection.scalar(query)
+            if job_id is not None:
+                raise DatasetInUse(
+                    f"Dataset {dataset_id} is in use by {job_id}; cancel the job or wait for its end.",
+                    job_id=job_id,
+                )
+            await connection.execute(
+                datasets.update().where(datasets.c.id == dataset_id).values(status="deleted")
+            )
+        await self._remove(dataset_id)
+
+    async def _drop_lapsed_holds(self, dataset_id: str) -> None:
+        """Drops holds of jobs that have ended or were never made: job_svc alone knows."""
+        async with self._database.read() as connection:
+            query = holds.select().where(holds.c.dataset_id == dataset_id)
+            held = {row.job_id: row.created_at for row in await connection.execute(query)}
+        if not held:
+            return
+        try:
+            answer = await self._job_life.FilterLiveJobs(
+                job_service_pb2.FilterLiveJobsRequest(job_ids=list(held)),
+                timeout=_ASK_SECONDS,
+                metadata=self._issuer.own_metadata(),
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        young = {job_id for job_id in answer.unknown_job_ids if utc_now() - held[job_id] < _YOUNG}
+        lapsed = held.keys() - set(answer.live_job_ids) - young
+        async with self._database.write() as connection:
+            await connection.execute(
+                holds.delete().where(holds.c.dataset_id == dataset_id, holds.c.job_id.in_(lapsed))
+            )
+
+    async def _remove(self, dataset_id: str) -> None:
+        """Removes a dataset that nobody is shown: its bytes first, then its row."""
+        query = datasets.select().where(datasets.c.id == dataset_id, datasets.c.status != "stored")
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            return
+        try:
+            await self._store.delete(row.object_key)
+        except Exception as error:
+            # The caller's work is done; the sweep tries again what the store can't do now.
+            log.warning("an object is left to the sweep", key=row.object_key, cause=str(error))
+            return
+        async with self._database.write() as connection:
+            await connection.execute(holds.delete().where(holds.c.dataset_id == dataset_id))
+            await connection.execute(datasets.delete().where(datasets.c.id == dataset_id))
+
+    async def sweep(self) -> None:
+        """Removes what crashed uploads and interrupted deletions left, until cancelled."""
+        while True:
+            abandoned = sa.and_(
+                datasets.c.status == "uploading", datasets.c.created_at < utc_now() - _ABANDONED
+            )
+            query = sa.select(datasets.c.id).where(sa.or_(abandoned, datasets.c.status == "deleted"))
+            try:
+                async with self._database.read() as connection:
+                    due = list(await connection.scalars(query))
+                for dataset_id in due:
+                    await self._remove(dataset_id)
+            except DATABASE_AWAY as error:
+                log.warning("the sweep was interrupted; it is tried again", cause=str(error))
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+
+def _stored(account_id: str, dataset_id: str) -> sa.Select[Any]:
+    return datasets.select().where(
+        datasets.c.id == dataset_id, datasets.c.account_id == account_id, datasets.c.status == "stored"
+    )

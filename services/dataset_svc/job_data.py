@@ -1,0 +1,203 @@
+"""A job's data, copied into the job's own folder as the rows that a trainer reads, every row checked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from dataset_svc.csv_rows import iter_csv_rows
+from dataset_svc.data_sources import DataSources
+from dataset_svc.datasets import Datasets
+from dataset_svc.dialog_rows import DialogRow, RowProblem, iter_dialog_rows
+from dataset_svc.task_columns import TaskType, plan_columns
+from svc_kit.errors import InvalidRequest
+from svc_kit.object_store import ObjectStore, account_prefix
+
+TRAINING, VALIDATION = "training", "validation"
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What to make of a job's data; the fields are those of `PrepareJobDataRequest`."""
+
+    account_id: str
+    job_id: str
+    training_uri: str
+    validation_uri: str | None
+    task_type: TaskType | None
+    num_validation_rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A JSONL file in the store."""
+
+    object_key: str
+    size_bytes: int
+    num_rows: int
+
+
+@dataclass
+class PreparedData:
+    """What came of it: files by use (`training`, `validation`), or broken rows and their report."""
+
+    files: dict[str, DataFile] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    num_bad_rows: int = 0
+    first_problem: str | None = None
+    report_key: str | None = None
+
+
+Example = dict[str, Any]
+CheckedRow = tuple[Example | None, list[RowProblem]]
+
+
+class JobData:
+    """Makes jobs' data ready."""
+
+    def __init__(self, sources: DataSources, datasets: Datasets, store: ObjectStore) -> None:
+        self._sources = sources
+        self._datasets = datasets
+        self._store = store
+
+    async def prepare(self, request: DataRequest) -> PreparedData:
+        """Copies and checks a job's data. Repeatable: the same objects are written again.
+
+        Raises:
+            InvalidRequest: the data can't be read as what it should be.
+            Unavailable: a source or the store can't be reached for now.
+        """
+        with tempfile.TemporaryDirectory(prefix="tunery-data-") as name:
+            folder = Path(name)
+            prepared = PreparedData()
+            with (folder / "report.json").open("w", encoding="utf-8") as report:
+                report.write(json.dumps({"job_id": request.job_id})[:-1] + ', "rows": [')
+                for use, uri in ((TRAINING, request.training_uri), (VALIDATION, request.validation_uri)):
+                    if uri is not None:
+                        source = folder / f"{use}.source"
+                        format_ = await self._sources.fetch(request.account_id, uri, source)
+                        job = _Conversion(request, use, uri, format_, folder, prepared, report)
+                        await asyncio.to_thread(job.run, source)
+                report.write("\n]}\n")
+            await self._store_results(request, folder, prepared)
+            return prepared
+
+    async def _store_results(self, request: DataRequest, folder: Path, prepared: PreparedData) -> None:
+        prefix = f"{account_prefix(request.account_id)}jobs/{request.job_id}/"
+        if prepared.num_bad_rows:
+            prepared.report_key = f"{prefix}error_report.json"
+            prepared.files.clear()
+            await self._store.put_file(prepared.report_key, folder / "report.json")
+            return
+        for use, file in prepared.files.items():
+            key = f"{prefix}data/{use}.jsonl"
+            await self._store.put_file(key, folder / f"{use}.jsonl")
+            prepared.files[use] = DataFile(key, file.size_bytes, file.num_rows)
+
+
+class _Conversion:
+    """Turns one source file into JSONL. Runs in a thread."""
+
+    def __init__(
+        self,
+        request: DataRequest,
+        use: str,
+        uri: str,
+        format_: str,
+        folder: Path,
+        prepared: PreparedData,
+        report: TextIO,
+    ) -> None:
+        self._request = request
+        self._use = use
+        self._uri = uri
+        self._format = format_
+        self._folder = folder
+        self._prepared = prepared
+        self._report = report
+
+    def run(self, source: Path) -> None:
+        rows = self._read_csv(source) if self._format == "csv" else _read_dialogs(source)
+        counts = self._write(rows)
+        for use, num_rows in counts.items():
+            path = self._folder / f"{use}.jsonl"
+            self._prepared.files[use] = DataFile("", path.stat().st_size, num_rows)
+        if not self._prepared.num_bad_rows and not counts.get(self._use):
+            raise InvalidRequest(f"{self._uri} has no rows.")
+
+    def _read_csv(self, source: Path) -> Iterator[CheckedRow]:
+        assert self._request.task_type is not None, "CSV goes with a task"
+        with source.open("rb") as file:
+            rows = iter_csv_rows(file)
+            plan = None
+            for line, row in rows:
+                if plan is None:
+                    plan = plan_columns(self._request.task_type, list(row))
+                    if plan.unused:
+                        listed = ", ".join(plan.unused)
+                        self._prepared.remarks.append(f"columns that the task doesn't use: {listed}")
+                example = plan.to_example(line, row)
+                yield (None, [example]) if isinstance(example, RowProblem) else (example, [])
+
+    def _write(self, rows: Iterable[CheckedRow]) -> dict[str, int]:
+        """Writes the rows, those drawn for validation apart, and returns how many went where."""
+        draws = self._draw()
+        uses = [self._use] if draws is None else [TRAINING, VALIDATION]
+        counts = dict.fromkeys(uses, 0)
+        outputs = {use: (self._folder / f"{use}.jsonl").open("w", encoding="utf-8") for use in uses}
+        try:
+            for example, problems in rows:
+                is_drawn = draws is not None and next(draws)
+                if example is None:
+                    self._note(problems)
+                    continue
+                use = VALIDATION if is_drawn else self._use
+                outputs[use].write(json.dumps(example, ensure_ascii=False) + "\n")
+                counts[use] += 1
+        finally:
+            for output in outputs.values():
+                output.close()
+        return counts
+
+    def _draw(self) -> Iterator[bool] | None:
+        """Which rows are kept for validation: a function of the seed and the number of rows.
+
+        Selection sampling (Knuth, The Art of Computer Programming 3.4.2, algorithm S): exactly as many as
+        asked for, each set as likely as another, and nothing to remember however many rows there are.
+        """
+        num_drawn = self._request.num_validation_rows
+        if self._use != TRAINING or not num_drawn:
+            return None
+        with (self._folder / f"{self._use}.source").open("rb") as file:
+            num_rows = sum(1 for _ in iter_csv_rows(file))
+        return _select(random.Random(self._request.seed), num_drawn, num_rows)  # noqa: S311  # no secret
+
+    def _note(self, problems: list[RowProblem]) -> None:
+        prepared = self._prepared
+        for problem in problems:
+            separator = ",\n" if prepared.first_problem else "\n"
+            if prepared.first_problem is None:
+                prepared.first_problem = str(problem)
+            entry = {"data": self._uri, **problem.to_json()}
+            self._report.write(separator + json.dumps(entry, ensure_ascii=False))
+        prepared.num_bad_rows += 1
+
+
+def _read_dialogs(source: Path) -> Iterator[CheckedRow]:
+    with source.open("rb") as file:
+        for row in iter_dialog_rows(file):
+            yield (row.to_example(), []) if isinstance(row, DialogRow) else (None, row)
+
+
+def _select(generator: random.Random, num_drawn: int, num_rows: int) -> Iterator[bool]:
+    for num_left in range(num_rows, 0, -1):
+        is_drawn = generator.random() * num_left < num_drawn
+        num_drawn -= is_drawn
+        yield is_drawn

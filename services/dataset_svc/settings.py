@@ -1,0 +1,32 @@
+"""Settings of dataset_svc."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, ServerSettings
+
+
+class DatasetSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
+    """What dataset_svc reads from the environment (`TUNERY_*`)."""
+
+    job_svc_address: str = Field(description="HOST:PORT of job_svc.")
+    max_upload_bytes: int = Field(2**30, gt=0, description="Largest file, uploaded or named by a URI.")
+    import_file_roots: tuple[Path, ...] = Field(
+        (), description='Folders that file:// URIs may point into, as JSON: ["/srv/data"]. None by default.'
+    )
+    import_https_hosts: tuple[str, ...] = Field(
+        (), description="Hosts (HOST or HOST:PORT) that https:// URIs may name, as JSON. None by default."
+    )
+    import_https_private: bool = Field(
+        False, description="Whether those hosts may have loopback, link-local or private addresses."
+    )
+    import_https_ca_file: Path | None = Field(
+        None, description="PEM of the authorities that those hosts' certificates are checked against."
+    )
+    import_s3_prefixes: tuple[str, ...] = Field(
+        ("shared/",),
+        description="Keys that every account's s3:// URIs may name, beside its own under accounts/ID/.",
+    )
