@@ -1,0 +1,1 @@
+"""Jobs, their queue and logs, fine-tuned models, and credits."""

@@ -1,0 +1,385 @@
+"""The queue, from the trainers' side: leases, events, and how attempts end.
+
+A lease's token fences: every statement here names it, so a trainer whose lease went to another, or whose
+job was cancelled, changes nothing any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from job_svc import credits
+from job_svc.change_feed import QUEUE, SWEEP, ChangeFeed, job_topic
+from job_svc.job_plan import LARGEST_COUNT
+from job_svc.job_state import ENDED, JobStatus, move
+from job_svc.tables import checkpoints, events, jobs, models
+from svc_kit.database import DATABASE_AWAY, Database, utc_now
+from svc_kit.errors import InvalidRequest, LeaseLost
+from svc_kit.ids import new_id, random_id
+
+log = structlog.get_logger(__name__)
+
+MAX_WAIT_SECONDS = 30.0
+_REAP_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """An event that a trainer reports: a line of the log, and what it tells in numbers."""
+
+    seq: int
+    time: dt.datetime
+    kind: str
+    message: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to; `object_prefix` is where the model's files lie."""
+
+    object_prefix: str
+    training_loss: float | None
+    validation_loss: float | None
+    steps: int
+    epochs_completed: int
+    tokens_trained: int
+
+
+class LeaseQueue:
+    """Gives jobs to trainers and takes their reports."""
+
+    def __init__(
+        self,
+        database: Database,
+        feed: ChangeFeed,
+        price: credits.Price,
+        lease_seconds: float,
+        max_retries: int,
+    ) -> None:
+        self._database = database
+        self._feed = feed
+        self._price = price
+        self.lease_seconds = lease_seconds
+        self._max_retries = max_retries
+
+    async def lease(self, trainer_id: str, wait_seconds: float) -> sa.Row[Any] | None:
+        """Gives the oldest queued job to a trainer, waiting for one; None when there is none in time."""
+        await self._requeue_held_by(trainer_id)
+        deadline = asyncio.get_running_loop().time() + min(wait_seconds, MAX_WAIT_SECONDS)
+        with self._feed.subscribe(QUEUE) as changes:
+            while True:
+                changes.clear()
+                row = await self._take(trainer_id)
+                remaining = deadline - asyncio.get_running_loop().time()
+                if row is not None or remaining <= 0:
+                    break
+                await changes.wait(min(remaining, 2.0))
+        if row is not None:
+            self._feed.announce(job_topic(row.id))
+        return row
+
+    async def _take(self, trainer_id: str) -> sa.Row[Any] | None:
+        oldest = (
+            sa.select(jobs.c.id, jobs.c.attempts)
+            .where(jobs.c.status == JobStatus.QUEUED)
+            .order_by(jobs.c.number)
+            .limit(1)
+        )
+        async with self._database.read() as connection:
+            if (await connection.execute(oldest)).first() is None:
+                return None  # the usual case, without taking the write lock
+        async with self._database.write() as connection:
+            found = (await connection.execute(oldest.with_for_update(skip_locked=True))).one_or_none()
+            if found is None:
+                return None
+            attempt = found.attempts + 1
+            line = f"training starts on {trainer_id}" + (f", attempt {attempt}" if attempt > 1 else "")
+            return await move(
+                connection,
+                found.id,
+                [JobStatus.QUEUED],
+                JobStatus.RUNNING,
+                line,
+                leased_by=trainer_id,
+                lease_token=new_id("lease"),
+                lease_expires_at=self._expiry(),
+                attempts=attempt,
+            )
+
+    def _expiry(self) -> dt.datetime:
+        return utc_now() + dt.timedelta(seconds=self.lease_seconds)
+
+    async def last_checkpoint(self, job_id: str) -> str | None:
+        """Returns the object prefix of a job's newest checkpoint."""
+        query = sa.select(checkpoints.c.object_prefix).where(checkpoints.c.job_id == job_id)
+        async with self._database.read() as connection:
+            return await connection.scalar(query.order_by(checkpoints.c.step.desc()).limit(1))
+
+    async def renew(self, job_id: str, lease_token: str) -> None:
+        """Renews a lease.
+
+        Raises:
+            LeaseLost: the lease is another's now, or the job has ended.
+        """
+        async with self._database.write() as connection:
+            await self._hold_lease(connection, job_id, lease_token)
+
+    async def _hold_lease(self, connection: AsyncConnection, job_id: str, token: str) -> sa.Row[Any]:
+        update = (
+            jobs.update()
+            .where(jobs.c.id == job_id, jobs.c.lease_token == token, jobs.c.status == JobStatus.RUNNING)
+            .values(lease_expires_at=self._expiry())
+        )
+        row = (await connection.execute(update.returning(*jobs.c))).one_or_none()
+        if row is None:
+            raise LeaseLost(f"The lease on {job_id} is lost: stop the run and drop its files.")
+        return row
+
+    async def report(self, job_id: str, lease_token: str, reported: Sequence[RunEvent]) -> None:
+        """Stores events, each once however often it is reported.
+
+        Raises:
+            LeaseLost: the lease is another's now, or the job has ended.
+            InvalidRequest: an event is missing between those stored and those reported.
+        """
+        async with self._database.write() as connection:
+            row = await self._hold_lease(connection, job_id, lease_token)
+            fresh = [event for event in reported if event.seq >= row.next_seq]
+            if not fresh:
+                return
+            expected = range(row.next_seq, row.next_seq + len(fresh))
+            if [event.seq for event in fresh] != list(expected):
+                raise InvalidRequest(
+                    f"The next event of {job_id} has seq {row.next_seq}.", field="events.seq"
+                )
+            await connection.execute(
+                events.insert(),
+                [
+                    {
+                        "job_id": job_id,
+                        "seq": event.seq,
+                        "time": event.time,
+                        "kind": event.kind,
+                        "message": event.message.replace("\0", ""),  # PostgreSQL keeps no NUL
+                        "data": event.data or None,
+                    }
+                    for event in fresh
+                ],
+            )
+            values = {"next_seq": expected.stop}
+            for event in fresh:
+                try:
+                    values |= await self._apply(connection, job_id, event)
+                except (KeyError, TypeError, ValueError) as error:
+                    message = f"The data of event {event.seq} ({event.kind}) is not complete: {error}."
+                    raise InvalidRequest(message, field="events.data") from error
+            await connection.execute(jobs.update().where(jobs.c.id == job_id).values(values))
+        self._feed.announce(job_topic(job_id))
+
+    async def _apply(self, connection: AsyncConnection, job_id: str, event: RunEvent) -> dict[str, Any]:
+        """Returns the columns of the job that an event changes."""
+        data = event.data
+        match event.kind:
+            case "log":
+                return {name: data[name] for name in ("wandb_url", "wandb_prefix") if data.get(name)}
+            case "step":
+                return {
+                    "total_steps": min(int(data["total_steps"]), LARGEST_COUNT),
+                    "steps_completed": min(int(data["step"]), LARGEST_COUNT),
+                    "training_loss": data["loss"],
+                    "tokens_trained": int(data["tokens_trained"]),
+                    "remaining_seconds": data["remaining_seconds"],
+                }
+            case "validation":
+                return {"validation_loss": data["loss"]}
+            case "checkpoint":
+                await self._keep_checkpoint(connection, job_id, data)
+                return {"epochs_completed": int(data["epochs_completed"]), "faults": 0}
+        return {}
+
+    async def _keep_checkpoint(self, connection: AsyncConnection, job_id: str, data: dict[str, Any]) -> None:
+        values = {"step": int(data["step"]), "object_prefix": data["object_prefix"]}
+        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
+        # A resumed attempt may write an epoch's checkpoint again; the newest counts.
+        await connection.execute(
+            insert(checkpoints)
+            .values(job_id=job_id, epoch=int(data["epoch"]), **values)
+            .on_conflict_do_update(index_elements=["job_id", "epoch"], set_=values)
+        )
+
+    async def complete(self, job_id: str, lease_token: str, result: RunResult) -> None:
+        """Ends a job with its model: state, model and credits in one transaction. Idempotent.
+
+        Raises:
+            LeaseLost: the lease is another's now, or the job has ended otherwise.
+        """
+        async with self._database.write() as connection:
+            row = await move(
+                connection,
+                job_id,
+                [JobStatus.RUNNING],
+                JobStatus.COMPLETED,
+                f"job completed: {result.steps} steps, loss {_shown(result.training_loss)}",
+                under_lease=lease_token,
+                lease_expires_at=None,
+                training_loss=result.training_loss,
+                validation_loss=result.validation_loss,
+                steps_completed=result.steps,
+                epochs_completed=result.epochs_completed,
+                tokens_trained=result.tokens_trained,
+            )
+            if row is None:
+                await self._accept_repeated_end(connection, job_id, lease_token, JobStatus.COMPLETED)
+                return
+            charged = await credits.settle(connection, row, self._price.of(result.tokens_trained))
+            await connection.execute(jobs.update().where(jobs.c.id == job_id).values(credits_charged=charged))
+            await connection.execute(
+                models.insert().values(
+                    id=_model_id(row),
+                    account_id=row.account_id,
+                    base_model=row.base_model,
+                    job_id=job_id,
+                    method=row.run["method"]["kind"],
+                    object_prefix=result.object_prefix,
+                    status="available",
+                    created_at=utc_now(),
+                )
+            )
+        self._feed.announce(job_topic(job_id), SWEEP)
+
+    async def _accept_repeated_end(
+        self, connection: AsyncConnection, job_id: str, token: str, status: JobStatus
+    ) -> None:
+        query = sa.select(jobs.c.id).where(
+            jobs.c.id == job_id, jobs.c.lease_token == token, jobs.c.status == status
+        )
+        if await connection.scalar(query) is None:
+            raise LeaseLost(f"The lease on {job_id} is lost: stop the run and drop its files.")
+
+    async def fail(self, job_id: str, lease_token: str, message: str, fault: str) -> None:
+        """Ends an attempt that failed. Faults of the platform are tried again, up to the limit. Idempotent.
+
+        Raises:
+            LeaseLost: the lease is another's now, or the job has ended otherwise.
+        """
+        async with self._database.write() as connection:
+            if not await self._end_failed(connection, job_id, lease_token, message, fault):
+                await self._accept_repeated_end(connection, job_id, lease_token, JobStatus.FAILED)
+        self._feed.announce(job_topic(job_id), QUEUE, SWEEP)
+
+    async def _end_failed(
+        self, connection: AsyncConnection, job_id: str, lease_token: str, message: str, fault: str
+    ) -> bool:
+        query = sa.select(jobs.c.faults, jobs.c.run).where(
+            jobs.c.id == job_id, jobs.c.lease_token == lease_token
+        )
+        found = (await connection.execute(query)).one_or_none()
+        if found is None:
+            return False
+        message, faults = message.replace("\0", ""), found.faults  # PostgreSQL keeps no NUL
+        if fault == "platform" and faults < found.run.get("max_restarts", self._max_retries):
+            line = f"{message}; job queued again"
+            row = await move(
+                connection,
+                job_id,
+                [JobStatus.RUNNING],
+                JobStatus.QUEUED,
+                line,
+                under_lease=lease_token,
+                faults=faults + 1,
+            )
+            return row is not None
+        row = await move(
+            connection,
+            job_id,
+            [JobStatus.RUNNING],
+            JobStatus.FAILED,
+            f"job failed: {message}",
+            under_lease=lease_token,
+            lease_expires_at=None,
+            error=message,
+            fault=fault,
+        )
+        if row is None:
+            return False
+        charged = await credits.settle(connection, row, 0)
+        await connection.execute(jobs.update().where(jobs.c.id == job_id).values(credits_charged=charged))
+        return True
+
+    async def hand_back(self, job_id: str, lease_token: str, reason: str) -> None:
+        """Queues a job again whose trainer goes away; or notes that a cancelled run has stopped.
+
+        Raises:
+            LeaseLost: the lease is another's now.
+        """
+        async with self._database.write() as connection:
+            row = await move(
+                connection,
+                job_id,
+                [JobStatus.RUNNING],
+                JobStatus.QUEUED,
+                f"{reason}; job queued again".replace("\0", ""),
+                under_lease=lease_token,
+            )
+            if row is None:
+                stopped = (
+                    jobs.update()
+                    .where(jobs.c.id == job_id, jobs.c.lease_token == lease_token, jobs.c.status.in_(ENDED))
+                    .values(lease_expires_at=None)
+                )
+                if (await connection.execute(stopped)).rowcount == 0:
+                    raise LeaseLost(f"The lease on {job_id} is lost.")
+        self._feed.announce(job_topic(job_id), QUEUE, SWEEP)
+
+    async def _requeue_held_by(self, trainer_id: str) -> None:
+        held = jobs.c.leased_by == trainer_id
+        await self._requeue(held, f"{trainer_id} was restarted")
+
+    async def _requeue(self, condition: sa.ColumnElement[bool], message: str) -> None:
+        query = sa.select(jobs.c.id, jobs.c.lease_token).where(jobs.c.status == JobStatus.RUNNING, condition)
+        async with self._database.read() as connection:
+            lost = list(await connection.execute(query))
+        for row in lost:
+            async with self._database.write() as connection:
+                await self._end_failed(connection, row.id, row.lease_token, message, "platform")
+            self._feed.announce(job_topic(row.id), QUEUE, SWEEP)
+
+    async def reap(self) -> None:
+        """Takes jobs back from trainers that are not heard of any more, until cancelled.
+
+        A trainer can be heard only while this process listens: after a start, or a pause of its own, it
+        gives every trainer the lease's time to come back.
+        """
+        clock = asyncio.get_running_loop().time
+        listening_since = last_look = clock()
+        while True:
+            await asyncio.sleep(_REAP_SECONDS)
+            now, previous, last_look = clock(), last_look, clock()
+            if now - previous > _LONGEST_PAUSE_SECONDS:
+                listening_since = now
+            if now - listening_since < self.lease_seconds:
+                continue
+            try:
+                await self._requeue(jobs.c.lease_expires_at < utc_now(), "the trainer was lost")
+            except DATABASE_AWAY as error:
+                log.warning("lapsed leases can't be looked for", cause=str(error))
+
+
+def _shown(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.4f}"
+
+
+def _model_id(job: sa.Row[Any]) -> str:
+    parts = [job.base_model.replace("/", "--"), job.suffix, random_id(8)]
+    return "-".join(part for part in parts if part)

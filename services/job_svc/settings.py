@@ -1,0 +1,22 @@
+"""Settings of job_svc."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, ServerSettings
+
+
+class JobSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
+    """What job_svc reads from the environment (`TUNERY_*`)."""
+
+    dataset_svc_address: str = Field(description="HOST:PORT of dataset_svc.")
+    public_url: str = Field(description="The gateway's URL; what a job's file URIs begin with.")
+    catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
+    credits_per_million_tokens: float = Field(1000.0, ge=0, description="Price of a million tokens.")
+    lease_seconds: float = Field(15.0, gt=0, description="A trainer unheard of for so long has lost its job.")
+    max_retries: int = Field(
+        3, ge=0, description="Restarts after faults of the platform without a new checkpoint in between."
+    )

@@ -1,0 +1,62 @@
+"""`overrides`: options for torchrun, read against a list of the allowed ones."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+from svc_kit.errors import InvalidRequest
+from svc_kit.strict_json import nearest
+
+MAX_PROCESSES = 64
+MAX_RESTARTS = 10
+
+
+def _whole_number(lowest: int, highest: int) -> Callable[[str], bool]:
+    return lambda text: text.isascii() and text.isdigit() and lowest <= int(text) <= highest
+
+
+# Option -> (what it takes, in words; the check).
+ALLOWED: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "--nproc_per_node": (f"a number from 1 to {MAX_PROCESSES}", _whole_number(1, MAX_PROCESSES)),
+    "--nnodes": ("1: a job trains on one machine", _whole_number(1, 1)),
+    "--max_restarts": (
+        f"a number from 0 to {MAX_RESTARTS}: how often a run that died goes on from its last checkpoint",
+        _whole_number(0, MAX_RESTARTS),
+    ),
+}
+
+
+def parse_overrides(text: str) -> list[str]:
+    """Returns the options as `--name=value`, in torchrun's spelling with underscores.
+
+    Raises:
+        InvalidRequest: an option is unknown, given twice, or has no value or a wrong one.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InvalidRequest(f"`overrides` can't be read: {error}.", field="overrides") from error
+    found: dict[str, str] = {}
+    position = 0
+    while position < len(words):
+        name, equals, value = words[position].partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        position += 1
+        if name not in ALLOWED:
+            listed = ", ".join(ALLOWED)
+            raise InvalidRequest(
+                f"`overrides`: {words[position - 1]!r} is not allowed{nearest(name, list(ALLOWED))}; "
+                f"the options are {listed}.",
+                field="overrides",
+            )
+        if not equals:
+            value = words[position] if position < len(words) else ""
+            position += 1
+        expected, is_right = ALLOWED[name]
+        if not is_right(value):
+            raise InvalidRequest(f"`overrides`: {name} takes {expected}, not {value!r}.", field="overrides")
+        if name in found:
+            raise InvalidRequest(f"`overrides`: {name} is given twice.", field="overrides")
+        found[name] = value
+    return [f"{name}={value}" for name, value in found.items()]
