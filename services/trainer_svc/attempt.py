@@ -1,0 +1,281 @@
+"""One attempt at a job: fetch, train, store, report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+import tenacity
+from google.protobuf import json_format, timestamp_pb2
+from minio.error import MinioException
+from urllib3.exceptions import HTTPError
+
+from svc_kit.catalog import Catalog
+from svc_kit.errors import LeaseLost, TuneryError
+from svc_kit.object_store import ObjectStore
+from trainer_svc.base_models import is_pulled, pull
+from trainer_svc.event_reporter import EventReporter, JobServiceClient
+from trainer_svc.launcher import RunProcess
+from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
+
+log = structlog.get_logger(__name__)
+
+RENEW_SECONDS = 1.0
+_POLL_SECONDS = 0.05
+_STORE_PATIENCE_SECONDS = 300
+
+
+class RunFailed(Exception):
+    """The run ended without a model."""
+
+    def __init__(self, message: str, fault: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fault = fault
+
+
+class Attempt:
+    """Runs one lease to its end. Everything that it leaves on the disk is under `folder`."""
+
+    def __init__(
+        self,
+        lease: worker_pb2.Lease,
+        client: JobServiceClient,
+        store: ObjectStore,
+        catalog: Catalog,
+        models_dir: Path,
+        folder: Path,
+    ) -> None:
+        self._lease = lease
+        self._client = client
+        self._store = store
+        self._catalog = catalog
+        self._models_dir = models_dir
+        self._folder = folder
+        self._reporter = EventReporter(client, lease)
+        self._process: RunProcess | None = None
+        self._checkpoints: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Trains the job and ends the attempt at job_svc.
+
+        A lost lease (the job was cancelled, or went to another trainer) stops the run and says so to
+        job_svc. When cancelled, hands the job back.
+        """
+        try:
+            outcome = await self._train_while_leased()
+        except asyncio.CancelledError:
+            await self._stop()
+            await self._end(handed_back=worker_pb2.HandedBack(reason="the trainer was stopped"), once=True)
+            raise
+        await self._stop()
+        if outcome is None:
+            log.info("the lease is lost; the run was stopped", job_id=self._lease.job_id)
+            await self._end(handed_back=worker_pb2.HandedBack(reason="the run was stopped"), once=True)
+        elif isinstance(outcome, RunFailed):
+            await self._end(failed=worker_pb2.Failed(message=outcome.message, fault=outcome.fault))
+        else:
+            await self._end(completed=outcome)
+
+    async def _train_while_leased(self) -> worker_pb2.Completed | RunFailed | None:
+        """Returns what came of the run; None when the lease was lost."""
+        training = asyncio.create_task(self._train())
+        keepers = [asyncio.create_task(self._renew()), asyncio.create_task(self._reporter.run())]
+        try:
+            done, _ = await asyncio.wait([training, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            finished = done.pop()
+            return await finished  # a keeper only ever raises
+        except LeaseLost:
+            return None
+        except RunFailed as failure:
+            return failure
+        except TuneryError as error:
+            return RunFailed(error.message, "job" if error.http_status < 500 else "platform")
+        except Exception as error:
+            log.exception("the attempt failed", job_id=self._lease.job_id)
+            return RunFailed(f"the trainer failed ({type(error).__name__}: {error})", "platform")
+        finally:
+            await self._stop()  # first of all: what follows may wait for a transfer's end
+            for task in (training, *keepers, *self._checkpoints):
+                task.cancel()
+            await asyncio.gather(training, *keepers, *self._checkpoints, return_exceptions=True)
+
+    async def _renew(self) -> None:
+        request = worker_pb2.RenewLeaseRequest(job_id=self._lease.job_id, lease_token=self._lease.lease_token)
+        while True:
+            await self._client.call_until_answered("RenewLease", request)
+            await asyncio.sleep(RENEW_SECONDS)
+
+    async def _stop(self) -> None:
+        if self._process is not None:
+            await self._process.kill()
+
+    async def _end(self, once: bool = False, **outcome: Any) -> None:
+        request = worker_pb2.EndAttemptRequest(
+            job_id=self._lease.job_id, lease_token=self._lease.lease_token, **outcome
+        )
+        try:
+            if once:  # whatever comes of it, a lapsed lease says the same a little later
+                await self._client.call("EndAttempt", request, timeout_seconds=2.0)
+            else:
+                await self._client.call_until_answered("EndAttempt", request)
+        except TuneryError as error:
+            log.info("job_svc had ended the attempt already", job_id=self._lease.job_id, cause=error.message)
+
+    async def _train(self) -> worker_pb2.Completed:
+        spec_file = await self._prepare()
+        run = self._lease.run
+        self._process = RunProcess.start(
+            spec_file, list(run.torchrun_arguments), self._folder / "process.log"
+        )
+        async for event in self._events():
+            match event["kind"]:
+                case "finished":
+                    return await self._store_model(event)
+                case "failed":
+                    await self._settle()
+                    raise RunFailed(event["message"], event["fault"])
+                case "checkpoint":
+                    former = self._checkpoints[-1] if self._checkpoints else None
+                    storing = self._store_checkpoint(event, former)
+                    self._checkpoints.append(asyncio.create_task(storing))
+                case _:
+                    self._report(event)
+        await self._settle()
+        raise RunFailed(f"the training process died: {self._process.last_words()}", "platform")
+
+    async def _settle(self) -> None:
+        """Waits until what the run wrote is stored and reported, its checkpoints included."""
+        await asyncio.gather(*self._checkpoints)
+        await self._store_wandb()
+        await self._reporter.drained()
+
+    async def _store_wandb(self) -> None:
+        """Keeps the files of a Weights & Biases run, which are complete only once the process has ended."""
+        folder = self._output_dir / "wandb"
+        if not self._lease.run.HasField("wandb_project") or not folder.exists():
+            return
+        assert self._process is not None
+        await self._process.ended()
+        prefix = f"{self._lease.attempt_prefix}wandb/"
+        await _patiently(partial(self._store.put_folder, prefix, folder))
+        self._reporter.add("log", "files of Weights & Biases stored", None, {"wandb_prefix": prefix})
+
+    async def _prepare(self) -> Path:
+        """Fetches what the run needs and writes its specification."""
+        lease, run = self._lease, self._lease.run
+        entry = self._catalog.get(run.base_model)
+        if not is_pulled(entry, self._models_dir):
+            self._reporter.add("log", f"fetching {entry.id} from {entry.source}", None, {})
+        base_model_dir = await asyncio.to_thread(pull, entry, self._models_dir)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        spec = _plain_numbers(json_format.MessageToDict(run, preserving_proto_field_name=True))
+        for not_the_engines in ("torchrun_arguments", "max_restarts"):
+            spec.pop(not_the_engines, None)
+        spec |= {
+            "base_model_dir": str(base_model_dir),
+            "base_model_id": spec.pop("base_model"),
+            "base_model_licence": entry.licence,
+            "training_file": str(await self._fetch(lease.training_key, "training.jsonl")),
+            "output_dir": str(self._output_dir),
+        }
+        if lease.HasField("validation_key"):
+            spec["validation_file"] = str(await self._fetch(lease.validation_key, "validation.jsonl"))
+        if lease.HasField("resume_prefix"):
+            resume_from = self._folder / "resume"
+            await _patiently(partial(self._store.get_folder, lease.resume_prefix, resume_from))
+            spec["resume_from"] = str(resume_from)
+        spec_file = self._folder / "run_spec.json"
+        spec_file.write_text(json.dumps(spec), encoding="utf-8")
+        return spec_file
+
+    @property
+    def _output_dir(self) -> Path:
+        return self._folder / "output"
+
+    async def _fetch(self, key: str, name: str) -> Path:
+        path = self._folder / name
+        await _patiently(partial(self._store.get_file, key, path))
+        return path
+
+    async def _events(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields the run's events as it writes them, until its process has ended and all are read."""
+        assert self._process is not None
+        path = self._output_dir / "events.jsonl"
+        unfinished, position = b"", 0
+        while True:
+            has_ended = self._process.has_ended  # asked before reading: what it wrote last is still read
+            written = b""
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(position)
+                    written = file.read()
+            position += len(written)
+            *lines, unfinished = (unfinished + written).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+            if has_ended and not written:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _report(self, event: dict[str, Any]) -> None:
+        time = timestamp_pb2.Timestamp()
+        time.FromJsonString(event["time"])
+        data = {key: value for key, value in event.items() if key not in ("time", "kind", "message")}
+        self._reporter.add(event["kind"], event["message"], time, data)
+
+    async def _store_checkpoint(self, event: dict[str, Any], former: asyncio.Task[None] | None) -> None:
+        if former is not None:
+            await former
+        prefix = f"{self._lease.attempt_prefix}{event['path']}/"
+        await _patiently(partial(self._store.put_folder, prefix, self._output_dir / event["path"]))
+        data = {key: event[key] for key in ("epoch", "step", "tokens_trained", "epochs_completed")}
+        message = f"checkpoint of epoch {event['epoch']} stored"
+        self._reporter.add("checkpoint", message, None, data | {"object_prefix": prefix})
+        shutil.rmtree(self._output_dir / event["path"])
+
+    async def _store_model(self, event: dict[str, Any]) -> worker_pb2.Completed:
+        await self._settle()
+        prefix = f"{self._lease.attempt_prefix}artifact/"
+        await _patiently(partial(self._store.put_folder, prefix, self._output_dir / event["path"]))
+        self._reporter.add("log", "model stored", None, {})
+        await self._reporter.drained()
+        return worker_pb2.Completed(
+            object_prefix=prefix,
+            training_loss=event["training_loss"],
+            validation_loss=event["validation_loss"],
+            steps=event["steps"],
+            epochs_completed=event["epochs_completed"],
+            tokens_trained=event["tokens_trained"],
+        )
+
+
+async def _patiently(transfer: Callable[[], Awaitable[None]]) -> None:
+    """Repeats a transfer to or from the store: one that is away for minutes costs the wait, not the run."""
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type((MinioException, HTTPError)),
+        stop=tenacity.stop_after_delay(_STORE_PATIENCE_SECONDS),
+        wait=tenacity.wait_exponential(multiplier=0.2, max=5),
+        reraise=True,
+    ):
+        with attempt:
+            await transfer()
+
+
+def _plain_numbers(value: Any) -> Any:
+    """A Struct knows only doubles, so counts come as 8.0."""
+    match value:
+        case dict():
+            return {key: _plain_numbers(item) for key, item in value.items()}
+        case list():
+            return [_plain_numbers(item) for item in value]
+        case float() if value.is_integer():
+            return int(value)
+    return value

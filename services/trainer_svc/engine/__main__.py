@@ -1,0 +1,95 @@
+"""One run in a process of its own: `python -m trainer_svc.engine RUN_SPEC.json`, under torchrun.
+
+Exit codes: 0 done; 3 the job can't succeed as asked for; 1 anything else. torchrun itself exits with 1 in
+both cases, so what a launcher reads is the `failed` event.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from svc_kit.parent_death import die_with_parent
+from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault
+from trainer_svc.engine.events import EVENTS_FILE, EventLog
+from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
+from trainer_svc.engine.run_spec import RunSpec, read_run_spec
+from trainer_svc.engine.train import train
+
+_FIRST_RANK_REPORTS_SECONDS = 10
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the specification that the one argument names. Returns the exit code."""
+    die_with_parent(os.getppid())  # no run outlives its launcher
+    # At once: a cancelled job's work is thrown away, and checkpoints appear whole or not at all.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if len(arguments) != 1:
+        print("usage: python -m trainer_svc.engine RUN_SPEC.json", file=sys.stderr)
+        return 2
+    try:
+        spec = read_run_spec(Path(arguments[0]))
+    except JobFault as error:
+        print(error, file=sys.stderr)
+        return JOB_FAULT_EXIT_CODE
+    transformers_logging.disable_progress_bar()
+    make_deterministic()
+    group = join_process_group()
+    try:
+        return run(spec, group)
+    finally:
+        leave_process_group()
+
+
+def run(spec: RunSpec, group: ProcessGroup) -> int:
+    """Trains, and turns whatever goes wrong into a `failed` event and an exit code."""
+    if group.is_first:
+        spec.output_dir.mkdir(parents=True, exist_ok=True)
+        if (spec.output_dir / EVENTS_FILE).exists():
+            print(
+                f"{spec.output_dir} holds another run already; give each run its own folder", file=sys.stderr
+            )
+            return 1
+    events = EventLog(spec.output_dir, silent=not group.is_first)
+    try:
+        train(spec, group, events)
+    except JobFault as error:
+        return _fail(events, group, str(error), "job")
+    except torch.OutOfMemoryError:
+        return _fail(
+            events, group, "the GPU's memory is full; lower batch_size or max_sequence_length", "job"
+        )
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(events, group, f"{type(error).__name__}: {error}", "platform")
+    finally:
+        events.close()
+    return 0
+
+
+def _fail(events: EventLog, group: ProcessGroup, message: str, fault: Fault) -> int:
+    events.write("failed", message, fault=fault)
+    if not group.is_first:
+        # torchrun kills all processes once one has ended, and the first may still be writing its event.
+        time.sleep(_FIRST_RANK_REPORTS_SECONDS)
+    return JOB_FAULT_EXIT_CODE if fault == "job" else 1
+
+
+def make_deterministic() -> None:
+    """Has torch choose algorithms that give the same bits each time, where it has any."""
+    # cuBLAS needs it said before its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Only for finding reads of memory that was never written; costs a pass over each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # no stub
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""Loads the base model and its tokenizer, in the number format that suits the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainer_svc.engine.errors import JobFault
+from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, packed_attention
+
+# A tokenizer that knows no limit says so with an absurdly large one.
+_NO_LIMIT_TOKENS = 10**9
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model.
+
+    Attributes:
+        model: frozen or trainable as the method asks.
+        tokenizer: the model's own.
+        stored_dtype: number format of the weights on disk.
+        packs_rows: whether its attention takes several rows in one pass (see `packing.py`).
+        context_length: longest row in tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stored_dtype: torch.dtype
+    packs_rows: bool
+    context_length: int
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; in software it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def compute_dtype(choice: Literal["auto", "bfloat16", "float32"], device: torch.device) -> torch.dtype:
+    """The number format of the matrix products."""
+    if choice == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    return torch.bfloat16 if choice == "bfloat16" else torch.float32
+
+
+def load_base_model(folder: Path, weights_dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """Loads a transformers folder. Never runs code from the folder, never opens a pickle.
+
+    Args:
+        folder: a folder of safetensors, config and tokenizer.
+        weights_dtype: number format that the weights are held in.
+        device: where the weights go.
+
+    Raises:
+        JobFault: the folder is missing something or its architecture is unknown.
+    """
+    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+        packs_rows = _packs_rows(config)
+        if packs_rows:
+            AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=weights_dtype,
+            use_safetensors=True,
+            attn_implementation=PACKED_ATTENTION if packs_rows else "sdpa",
+            **safe,
+        )
+    except (OSError, ValueError) as error:
+        raise JobFault(f"the base model in {folder} can't be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise JobFault(
+            f"the base model in {folder} has no end-of-text token, so no answer's end can be trained"
+        )
+    # Not model.to(device): transformers' decorator hides its type.
+    torch.nn.Module.to(model, device)
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        stored_dtype=config.dtype if isinstance(config.dtype, torch.dtype) else weights_dtype,
+        packs_rows=packs_rows,
+        context_length=_context_length(config, tokenizer),
+    )
+
+
+def _packs_rows(config: PretrainedConfig) -> bool:
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    return config.model_type in PACKABLE_MODEL_TYPES and set(layer_types) == {"full_attention"}
+
+
+def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    known = [limit for limit in limits if limit is not None and limit < _NO_LIMIT_TOKENS]
+    if not known:
+        raise JobFault("the base model doesn't say how long a row it can read; set max_sequence_length")
+    return int(min(known))

@@ -1,0 +1,167 @@
+"""What a run is asked to do: typed, frozen, checked when built.
+
+Imports neither torch nor transformers, so that services can check a request against the same classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trainer_svc.engine.errors import JobFault
+
+# The names that the engine itself writes into an artifact; a log file can't take one.
+_ARTIFACT_FILE_ENDINGS = (".safetensors", ".json", ".jinja", ".md", ".model")
+
+
+class _Spec(BaseModel):
+    # NaN and infinity would pass the bounds below (nan > 0 is false, but inf > 0 is true).
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraMethod(_Spec):
+    """Train low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685).
+
+    Attributes:
+        rank: rank of the update of each adapted matrix.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of dropping an adapter's input, 0 to below 1.
+        attn_modules: attention matrices to adapt, by torchtune's names (`output_proj`) or transformers'
+            (`o_proj`).
+        apply_to_mlp: also adapt the three matrices of each feed-forward block.
+        apply_to_output: also adapt the output head.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: int = Field(default=16, ge=1, le=65536)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    attn_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
+    apply_to_mlp: bool = False
+    apply_to_output: bool = False
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> LoraMethod:
+        if not (self.attn_modules or self.apply_to_mlp or self.apply_to_output):
+            raise ValueError("LoRA adapts nothing: name attn_modules, or set apply_to_mlp or apply_to_output")
+        return self
+
+
+class FullMethod(_Spec):
+    """Train all weights: float32 master weights, products in bfloat16 where the machine has it.
+
+    Attributes:
+        activation_checkpointing: compute each layer's activations again in the backward pass instead of
+            keeping them: less memory, about a third more time.
+        memory_efficient_fsdp_wrap: shard the embedding and the output head apart from the layers, so that
+            fewer weights are whole at once. Several processes only.
+        fsdp_cpu_offload: keep the shards in the host's memory. Several processes with GPUs only.
+    """
+
+    kind: Literal["full"] = "full"
+    activation_checkpointing: bool = True
+    memory_efficient_fsdp_wrap: bool = True
+    fsdp_cpu_offload: bool = True
+
+
+Method = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
+
+
+class Extras(_Spec):
+    """Settings beyond the usual ones; the keys that a client may send as `extras`.
+
+    Attributes:
+        weight_decay: AdamW's decoupled decay.
+        adam_beta1: decay of the mean of gradients.
+        adam_beta2: decay of the mean of squared gradients.
+        adam_epsilon: added to the root of the mean of squared gradients.
+        lr_scheduler: the learning rate after the warm-up, over the steps left: as it is, a line to zero,
+            or half a cosine to zero.
+        warmup_steps: steps over which the learning rate rises from zero in a line.
+        max_grad_norm: gradients with a larger norm are scaled down to it.
+        dtype: of the matrix products; `auto` is bfloat16 where the machine has it natively, else float32.
+        max_sequence_length: longest row in tokens; None is the model's context.
+        long_rows: what happens to longer rows: cut at the end (counted in the log), or the run refused.
+    """
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_sequence_length: int | None = Field(default=None, ge=2)
+    long_rows: Literal["truncate", "refuse"] = "truncate"
+
+
+class RunSpec(_Spec):
+    """One run of the engine, as its JSON file gives it.
+
+    Attributes:
+        base_model_dir: transformers folder of the base model.
+        base_model_id: the base model's id in the catalog; goes into the adapter's config and the model card.
+        base_model_licence: licence of the base model, for the model card; None leaves it out.
+        training_file: JSONL of rows (see `rows.py`).
+        validation_file: JSONL of rows for the loss at each epoch's end; None is no validation.
+        output_dir: folder of events, checkpoints and artifact; made if missing, one run each.
+        method: LoRA or full.
+        epochs: passes over the training rows.
+        batch_size: rows that one process takes at once.
+        learning_rate: AdamW's, after the warm-up.
+        gradient_accumulation_steps: batches in one optimizer step; a step's rows are batch_size times this
+            times the number of processes.
+        max_steps: end after this many optimizer steps even if epochs are left; None is no limit.
+        seed: of the rows' order, the adapters' first weights and dropout.
+        shuffle: a new order of the rows in each epoch; False keeps the file's.
+        extras: settings beyond the usual ones.
+        resume_from: folder of a checkpoint of an earlier run of the same specification; None starts anew.
+        train_log_file: name of a plain log file to write among the artifact's files; None writes none.
+        wandb_project: Weights & Biases project to log to; None doesn't.
+    """
+
+    base_model_dir: Path
+    base_model_id: str = Field(min_length=1)
+    base_model_licence: str | None = None
+    training_file: Path
+    validation_file: Path | None = None
+    output_dir: Path
+    method: Method = Field(default_factory=LoraMethod)
+    epochs: int = Field(default=1, ge=1, lt=2**31)
+    batch_size: int = Field(default=8, ge=1, le=65536)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=65536)
+    max_steps: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    shuffle: bool = True
+    extras: Extras = Field(default_factory=Extras)
+    resume_from: Path | None = None
+    train_log_file: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
+    wandb_project: str | None = Field(default=None, min_length=1, max_length=128)
+
+    @field_validator("train_log_file")
+    @classmethod
+    def _log_file_overwrites_nothing(cls, name: str | None) -> str | None:
+        if name is not None and name.lower().endswith(_ARTIFACT_FILE_ENDINGS):
+            raise ValueError(f"a log file can't end in any of {', '.join(_ARTIFACT_FILE_ENDINGS)}: {name!r}")
+        return name
+
+
+def read_run_spec(path: Path) -> RunSpec:
+    """Reads a run specification.
+
+    Raises:
+        JobFault: the file breaks a rule of `RunSpec`; the message names each field.
+        OSError: the file can't be read.
+    """
+    try:
+        return RunSpec.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        )
+        raise JobFault(f"the run specification is not valid: {problems}") from error

@@ -1,0 +1,87 @@
+"""Starts a run with torchrun's machinery, in a process group of its own, and ends it for good."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from svc_kit.parent_death import dying_with_this_process
+
+_LOG_TAIL_BYTES = 4096
+_KILL_SECONDS = 5
+
+
+class RunProcess:
+    """torchrun and the processes of one run."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_file: Path) -> None:
+        self._process = process
+        self._log_file = log_file
+
+    @classmethod
+    def start(cls, spec_file: Path, torchrun_arguments: Sequence[str], log_file: Path) -> RunProcess:
+        """Starts a run.
+
+        Args:
+            spec_file: the engine's run specification.
+            torchrun_arguments: checked options, such as `--nproc_per_node=2`.
+            log_file: gets what the processes print.
+        """
+        defaults = ["--standalone", "--nproc_per_node=1", "--max_restarts=0"]
+        command = dying_with_this_process(
+            *(sys.executable, "-P", "-m", "torch.distributed.run", *defaults, *torchrun_arguments),
+            *("-m", "trainer_svc.engine", str(spec_file)),
+        )
+        # A run needs none of the service's settings, and least of all its keys.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
+        environment["TOKENIZERS_PARALLELISM"] = "false"
+        # Waiting threads sleep: spinning, they would take the cores from those that they wait for as soon as
+        # anything else runs on the machine.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        return cls(process, log_file)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run's processes have ended by themselves."""
+        return self._process.poll() is not None
+
+    async def ended(self) -> None:
+        """Returns once the run's processes have ended by themselves."""
+        await asyncio.to_thread(self._process.wait)
+
+    def last_words(self) -> str:
+        """Returns the last line that the run printed which tells what went wrong."""
+        with self._log_file.open("rb") as log:
+            log.seek(max(0, self._log_file.stat().st_size - _LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        told = [line.strip() for line in lines if "Error" in line or "Signal" in line or "signal" in line]
+        return (told or ["it printed nothing about it"])[-1][:500]
+
+    async def kill(self) -> None:
+        """Kills every process of the run and returns once they are gone. No effect on an ended run."""
+        if self.has_ended:  # and its number may be another process's by now
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.kill()
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            await asyncio.to_thread(psutil.wait_procs, family, _KILL_SECONDS)
+        await asyncio.to_thread(self._process.wait)

@@ -1,0 +1,67 @@
+"""The worker: asks for a job, runs it, asks again."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import structlog
+
+from svc_kit.catalog import Catalog
+from svc_kit.errors import TuneryError
+from svc_kit.object_store import ObjectStore
+from trainer_svc.attempt import Attempt
+from trainer_svc.event_reporter import JobServiceClient
+from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
+
+log = structlog.get_logger(__name__)
+
+_WAIT_SECONDS = 20.0
+_CALL_MARGIN_SECONDS = 5.0
+_PAUSE_SECONDS = 0.5
+
+
+class Worker:
+    """One slot: one job at a time."""
+
+    def __init__(
+        self,
+        trainer_id: str,
+        client: JobServiceClient,
+        store: ObjectStore,
+        catalog: Catalog,
+        models_dir: Path,
+        work_dir: Path,
+    ) -> None:
+        self._trainer_id = trainer_id
+        self._client = client
+        self._store = store
+        self._catalog = catalog
+        self._models_dir = models_dir
+        self._work_dir = work_dir
+
+    async def run(self) -> None:
+        """Works until cancelled; a run under way is handed back then."""
+        shutil.rmtree(self._work_dir, ignore_errors=True)  # what a killed trainer left
+        while True:
+            lease = await self._lease()
+            if lease is None:
+                continue
+            log.info("job leased", job_id=lease.job_id, attempt=lease.attempt)
+            folder = self._work_dir / lease.job_id
+            attempt = Attempt(lease, self._client, self._store, self._catalog, self._models_dir, folder)
+            try:
+                await attempt.run()
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def _lease(self) -> worker_pb2.Lease | None:
+        request = worker_pb2.LeaseJobRequest(trainer_id=self._trainer_id, wait_seconds=_WAIT_SECONDS)
+        try:
+            response = await self._client.call("LeaseJob", request, _WAIT_SECONDS + _CALL_MARGIN_SECONDS)
+        except TuneryError as error:
+            log.warning("no job could be asked for", cause=error.message)
+            await asyncio.sleep(_PAUSE_SECONDS)
+            return None
+        return response.lease if response.HasField("lease") else None
