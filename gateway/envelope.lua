@@ -1,0 +1,208 @@
+-- The outermost HTTP filter: first on requests, last on responses, after the transcoder.
+--
+-- What services and gateway have agreed on:
+--   success: initial metadata x-http-status (2xx) and x-http-content-type
+--   errors:  google.rpc.ErrorInfo of the domain "tunery": reason is the error's code, metadata.type its
+--            type, metadata.http_status the HTTP status. An error without it is the transport's or was
+--            foreseen by nobody; its text is not for clients.
+-- Errors of Envoy's own on a REST call are written by local_reply_config and left alone here.
+
+-- By HTTP status: type, code, message. docs/errors.md lists the codes.
+local PLAIN = {
+  ["400"] = {"invalid_request_error", "invalid_request", "The request can't be read as what this path takes."},
+  ["401"] = {"authentication_error", "invalid_api_key", "The call was not let in. Send the API key as `Authorization: Bearer KEY`."},
+  ["403"] = {"permission_error", "forbidden", "The caller may not do this."},
+  ["404"] = {"not_found_error", "not_found", "There is no such resource."},
+  ["409"] = {"conflict_error", "conflict", "The resource's state doesn't allow this."},
+  ["413"] = {"invalid_request_error", "payload_too_large", "The request's body is over the limit; docs/configuration.md has the limits."},
+  ["429"] = {"rate_limit_error", "rate_limited", "The service is at its limit; try again after a pause."},
+  ["499"] = {"server_error", "cancelled", "The call was cancelled."},
+  ["501"] = {"server_error", "not_implemented", "The service doesn't offer this."},
+  ["503"] = {"server_error", "unavailable", "A part of the service can't be reached for now; try again."},
+  ["504"] = {"server_error", "timeout", "The service did not answer in time; whether it did what was asked is not known."},
+}
+local UNFORESEEN = {"server_error", "internal_error", "The service failed; its log has more under the request id."}
+-- Texts of Envoy's own that tell what a gRPC status code alone doesn't.
+local ROUTER_TIMEOUT = "upstream request timeout"
+local BODY_OVER_LIMIT = "request too long"
+local INTERNAL_HEADERS = {"x-http-status", "x-http-content-type"}
+local GRPC_HEADERS = {"grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding"}
+
+-- A reader of JSON that keeps each string as it was written, quotes and escapes included, so that it can
+-- be written out again as it is. Returns the value and the position after it, or nil.
+local read_value
+
+local function skip_space(text, at)
+  return text:find("[^ \t\r\n]", at) or #text + 1
+end
+
+local function read_string(text, at)
+  local from = at + 1
+  while true do
+    local stop = text:find('["\\]', from)
+    if not stop then return nil end
+    if text:byte(stop) == 34 then return text:sub(at, stop), stop + 1 end
+    from = stop + 2  -- an escape: whatever follows the backslash is part of the string
+  end
+end
+
+-- Reads what stands between brackets: `read_item` reads one item into `into`.
+local function read_items(text, at, close, into, read_item)
+  at = skip_space(text, at + 1)
+  if text:sub(at, at) == close then return into, at + 1 end
+  while true do
+    at = read_item(text, at, into)
+    if not at then return nil end
+    at = skip_space(text, at)
+    local mark = text:sub(at, at)
+    if mark == close then return into, at + 1 end
+    if mark ~= "," then return nil end
+    at = skip_space(text, at + 1)
+  end
+end
+
+local function read_member(text, at, object)
+  if text:sub(at, at) ~= '"' then return nil end
+  local name, value
+  name, at = read_string(text, at)
+  if not name then return nil end
+  at = skip_space(text, at)
+  if text:sub(at, at) ~= ":" then return nil end
+  value, at = read_value(text, skip_space(text, at + 1))
+  if value == nil then return nil end
+  object[name:sub(2, -2)] = value
+  return at
+end
+
+local function read_element(text, at, list)
+  local value
+  value, at = read_value(text, at)
+  if value == nil then return nil end
+  list[#list + 1] = value
+  return at
+end
+
+read_value = function(text, at)
+  local first = text:sub(at, at)
+  if first == '"' then return read_string(text, at) end
+  if first == "{" then return read_items(text, at, "}", {}, read_member) end
+  if first == "[" then return read_items(text, at, "]", {}, read_element) end
+  local word = text:match("^[%w%.%+%-]+", at)
+  if not word then return nil end
+  return word, at + #word
+end
+
+-- Returns the content of a string that `read_value` kept, or nil if it is none of the plain kind.
+local function plain(value)
+  return type(value) == "string" and value:match('^"([%w_%-%.]+)"$') or nil
+end
+
+local function quoted(text)
+  -- Only Envoy's own texts come here; what they repeat of the request may be no UTF-8.
+  text = text:gsub("[\128-\255]+", "?")
+  return '"' .. text:gsub('[%c"\\]', function(char) return string.format("\\u%04x", char:byte()) end) .. '"'
+end
+
+-- Returns our ErrorInfo in a google.rpc.Status that was read, or nil.
+local function error_info(status)
+  if type(status) ~= "table" or type(status.details) ~= "table" then return nil end
+  for _, detail in ipairs(status.details) do
+    if type(detail) == "table" and detail.domain == '"tunery"' and plain(detail.reason) then return detail end
+  end
+  return nil
+end
+
+-- Returns the HTTP status and the envelope's message (as JSON), type and code for what came out of the
+-- transcoder: a google.rpc.Status in JSON, or a plain text of its own about a request it can't read.
+local function envelope(http_status, content_type, text)
+  if http_status == "400" and content_type:sub(1, 10) == "text/plain" then
+    local row = PLAIN["400"]
+    return http_status, quoted("The request can't be read: " .. text), row[1], row[2]
+  end
+  local status = read_value(text, 1)
+  local info = error_info(status)
+  if info then
+    local metadata = type(info.metadata) == "table" and info.metadata or {}
+    local wanted = plain(metadata.http_status)
+    if wanted and wanted:match("^[45]%d%d$") then http_status = wanted end
+    local row = PLAIN[http_status] or UNFORESEEN
+    local message = type(status.message) == "string" and status.message:sub(1, 1) == '"' and status.message
+    return http_status, message or quoted(row[3]), plain(metadata.type) or row[1], plain(info.reason)
+  end
+  if type(status) == "table" and status.message == quoted(ROUTER_TIMEOUT) then http_status = "504" end
+  local row = PLAIN[http_status] or UNFORESEEN
+  return http_status, quoted(row[3]), row[1], row[2]
+end
+
+-- A native call that ended before its first message: its status stands in the headers.
+local function answer_native(headers)
+  local status, message = headers:get("grpc-status"), headers:get("grpc-message")
+  if not status or status == "0" or headers:get("grpc-status-details-bin") then return end
+  if message == ROUTER_TIMEOUT then
+    headers:replace("grpc-status", "4")
+    headers:replace("grpc-message", PLAIN["504"][3])
+  elseif message == BODY_OVER_LIMIT then
+    headers:replace("grpc-status", "11")
+    headers:replace("grpc-message", PLAIN["413"][3])
+  elseif status == "12" and not message then
+    headers:replace("grpc-message", "There is no such method here.")
+  elseif status == "2" or status == "13" then
+    headers:replace("grpc-message", UNFORESEEN[3])
+  elseif status == "14" then
+    headers:replace("grpc-message", PLAIN["503"][3])
+  end
+end
+
+local function answer_success(handle, headers, status, content_type)
+  if content_type then headers:replace("content-type", content_type) end
+  if not status or not status:match("^2%d%d$") then return end
+  headers:replace(":status", status)
+  if status == "204" then
+    headers:remove("content-type")
+    handle:body(true):setBytes("")
+    handle:headers():remove("content-length")  -- body() yields, and handles from before it are dead
+  end
+end
+
+-- A REST call becomes a gRPC call, where some headers mean something else or can't be: names outside
+-- gRPC's alphabet, `-bin` values that aren't base64, and its own, such as a deadline.
+local function drop_headers_for_grpc(headers)
+  local dropped = {}
+  for name in pairs(headers) do
+    local is_plain = name:match("^:?[a-z0-9_.-]+$")
+    if not is_plain or name:match("^grpc%-") or name:match("%-bin$") then dropped[#dropped + 1] = name end
+  end
+  for _, name in ipairs(dropped) do headers:remove(name) end
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  if (headers:get("content-type") or ""):sub(1, 16) ~= "application/grpc" then drop_headers_for_grpc(headers) end
+  local own = headers:get("x-tunery-client-request-id")
+  if own then
+    headers:remove("x-tunery-client-request-id")
+    if #own <= 128 and own:match("^[%w%._%-]+$") then headers:replace("x-request-id", own) end
+  end
+end
+
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  local http_status, content_type = headers:get(":status"), headers:get("content-type") or ""
+  local wanted_status, wanted_type = headers:get("x-http-status"), headers:get("x-http-content-type")
+  for _, name in ipairs(INTERNAL_HEADERS) do headers:remove(name) end
+  if content_type:sub(1, 16) == "application/grpc" and http_status == "200" then
+    return answer_native(headers)
+  end
+  for _, name in ipairs(GRPC_HEADERS) do headers:remove(name) end
+  if http_status < "400" then return answer_success(handle, headers, wanted_status, wanted_type) end
+  if http_status == "401" then headers:replace("www-authenticate", "Bearer") end
+  local body = handle:body(true)
+  if body:length() == 0 then return end  -- an answer to HEAD, where a body would be taken for the next answer
+  local text = body:getBytes(0, body:length())
+  if text:sub(1, 9) == '{"error":' then return end
+  local message, kind, code
+  http_status, message, kind, code = envelope(http_status, content_type, text)
+  handle:headers():replace(":status", http_status)
+  handle:headers():replace("content-type", "application/json")
+  body:setBytes('{"error":{"message":' .. message .. ',"type":"' .. kind .. '","code":"' .. code .. '"}}')
+end

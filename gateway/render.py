@@ -1,0 +1,145 @@
+"""Envoy's configuration, from typed settings."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jinja2
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from gateway import routes
+from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS
+
+MAX_JSON_BYTES = 1024 * 1024
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host and a port; `host` is an IP address or a DNS name."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Reads `HOST:PORT` or `[IPV6]:PORT`.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        host, colon, port = text.rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"{text!r} is not HOST:PORT")
+        return cls(host.strip("[]"), int(port))
+
+    @property
+    def is_ip(self) -> bool:
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return True
+
+
+def _checked_address(text: str) -> str:
+    Address.parse(text)
+    return text
+
+
+def _checked_listen(text: str) -> str:
+    if not Address.parse(text).is_ip:
+        raise ValueError(f"{text!r}: the host must be an IP address; 0.0.0.0 is every one of the machine's")
+    return text
+
+
+def _checked_admin(text: str) -> str:
+    if not text.startswith("/"):
+        address = Address.parse(text)
+        if not address.is_ip or not ipaddress.ip_address(address.host).is_loopback:
+            raise ValueError(f"{text!r}: Envoy's admin page can stop it, so it is served on loopback only")
+    return text
+
+
+HostPort = Annotated[str, AfterValidator(_checked_address)]
+
+
+class GatewaySettings(BaseModel):
+    """What differs between one gateway and another."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: Annotated[str, AfterValidator(_checked_listen)] = Field(
+        "127.0.0.1:8080", description="IP:PORT of the one port that clients use; port 0 takes a free one."
+    )
+    admin: Annotated[str, AfterValidator(_checked_admin)] | None = Field(
+        None, description="Envoy's admin page: a loopback IP:PORT, or the path of a Unix socket."
+    )
+    dataset_svc_address: HostPort = Field(description="HOST:PORT of dataset_svc.")
+    job_svc_address: HostPort = Field(description="HOST:PORT of job_svc.")
+    inference_svc_address: HostPort = Field(description="HOST:PORT of inference_svc.")
+    authz_address: HostPort = Field(description="HOST:PORT of the auth check and the account service.")
+    descriptors: Path = Field(description="The descriptor set that the package's build makes.")
+    max_upload_bytes: int = Field(1024**3, ge=1, description="The largest file of an upload, in bytes.")
+    access_log: Path | None = Field(None, description="One JSON object a line for each call; none if unset.")
+    tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the port speaks TLS.")
+    tls_key: Path | None = Field(None, description="PEM file.")
+    request_headers_timeout_seconds: float = Field(
+        10.0, gt=0, description="A request whose headers take longer is ended with 408."
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> GatewaySettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        return self
+
+
+def _transcoded(methods: Iterable[routes.MethodRoute]) -> list[str]:
+    return sorted({route.path.split("/")[1] for route in methods} - {"tunery.account.v1.AccountService"})
+
+
+def render(settings: GatewaySettings) -> str:
+    """Returns Envoy's whole configuration in YAML.
+
+    Raises:
+        FileNotFoundError: there is no descriptor set at `settings.descriptors`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # noqa: S701  # YAML, no HTML; values are written as JSON
+    )
+    method_routes = routes.method_routes(settings.descriptors)
+    admin = settings.admin or ""
+    tls = {"certificate": str(settings.tls_certificate), "key": str(settings.tls_key)}
+    return environment.get_template("envoy.yaml.j2").render(
+        listen=Address.parse(settings.listen),
+        admin_pipe=admin if admin.startswith("/") else None,
+        admin_address=Address.parse(admin) if admin and not admin.startswith("/") else None,
+        upstreams={
+            "dataset_svc": Address.parse(settings.dataset_svc_address),
+            "job_svc": Address.parse(settings.job_svc_address),
+            "inference_svc": Address.parse(settings.inference_svc_address),
+            "authz": Address.parse(settings.authz_address),
+        },
+        descriptors=str(settings.descriptors.absolute()),
+        lua=str(_FOLDER / "envelope.lua"),
+        tls=tls if settings.tls_certificate else None,
+        access_log=str(settings.access_log) if settings.access_log else None,
+        request_headers_timeout_seconds=settings.request_headers_timeout_seconds,
+        max_json_bytes=MAX_JSON_BYTES,
+        # A file's frame is the multipart headers, or 11 bytes for each chunk of a native upload. The
+        # service holds the file itself to the limit.
+        max_upload_body_bytes=settings.max_upload_bytes + settings.max_upload_bytes // 64 + MAX_JSON_BYTES,
+        method_routes=method_routes,
+        open_methods=routes.OPEN_METHODS,
+        rest_paths=routes.rest_paths(settings.descriptors),
+        transcoded_services=_transcoded(method_routes),
+        errors=GATEWAY_ERRORS,
+        any_other_error=ANY_OTHER_ERROR,
+    )

@@ -1,0 +1,148 @@
+"""Which calls the gateway lets through, to whom, and with what limits: read from the descriptor set."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.api import annotations_pb2
+from google.protobuf import descriptor_pb2
+
+DEFAULT_SECONDS = 15
+SUBMIT_SECONDS = 30
+CHAT_SECONDS = 600
+TAIL_IDLE_SECONDS = 24 * 3600
+TRANSFER_IDLE_SECONDS = 300
+
+# What isn't named here is not reachable, whatever else the upstream serves.
+PUBLIC_SERVICES = {
+    "tunery.dataset.v1.DatasetService": "dataset_svc",
+    "tunery.job.v1.JobService": "job_svc",
+    "tunery.job.v1.FineTuningService": "job_svc",
+    "tunery.job.v1.ModelService": "job_svc",
+    "tunery.job.v1.CreditService": "job_svc",
+    "tunery.inference.v1.ChatService": "inference_svc",
+    "tunery.account.v1.AccountService": "authz",
+}
+# Open to everyone, to job_svc: load balancers ask for health without a key, and the schema is public.
+OPEN_METHODS = (
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+_TIMEOUT_SECONDS = {
+    "/tunery.job.v1.JobService/CreateJob": SUBMIT_SECONDS,
+    "/tunery.job.v1.JobService/CreateJobFromJson": SUBMIT_SECONDS,
+    "/tunery.job.v1.FineTuningService/SubmitJob": SUBMIT_SECONDS,
+    "/tunery.job.v1.FineTuningService/SubmitJobFromJson": SUBMIT_SECONDS,
+    "/tunery.inference.v1.ChatService/CreateChatCompletion": CHAT_SECONDS,
+}
+# Silent for as long as a job trains without a line.
+_TAILS = ("/tunery.job.v1.JobService/TailLogs", "/tunery.job.v1.FineTuningService/TailJob")
+
+
+@dataclass(frozen=True)
+class MethodRoute:
+    """The route of one rpc, native or transcoded.
+
+    Attributes:
+        path: `/package.Service/Method`.
+        cluster: the upstream.
+        timeout_seconds: for the whole call; 0 for one that may take as long as it moves.
+        idle_seconds: how long the call may be silent; 0 where the whole call's limit does that.
+        is_upload: takes a body over the limit for JSON.
+        is_read: may be sent twice, so that it is retried in more cases than a refused connection.
+    """
+
+    path: str
+    cluster: str
+    timeout_seconds: int
+    idle_seconds: int
+    is_upload: bool
+    is_read: bool
+
+
+@dataclass(frozen=True)
+class RestPath:
+    """A path of the REST contracts, with the methods that it takes.
+
+    Attributes:
+        pattern: a regular expression for the whole path. A trailing slash is in it, since the
+            transcoder takes one.
+        methods: such as `("GET", "POST")`.
+        upload_methods: those of them whose body is an upload.
+    """
+
+    pattern: str
+    methods: tuple[str, ...]
+    upload_methods: tuple[str, ...]
+
+
+def _methods(descriptors: Path) -> Iterator[tuple[str, descriptor_pb2.MethodDescriptorProto]]:
+    files = descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes())
+    for file in files.file:
+        for service in file.service:
+            name = f"{file.package}.{service.name}"
+            if name in PUBLIC_SERVICES:
+                yield from ((name, method) for method in service.method)
+
+
+def _binding(method: descriptor_pb2.MethodDescriptorProto) -> tuple[str, str] | None:
+    """Returns the rpc's HTTP method and path template."""
+    rule = method.options.Extensions[annotations_pb2.http]
+    kind = rule.WhichOneof("pattern")
+    return (kind.upper(), getattr(rule, kind)) if kind else None
+
+
+def method_routes(descriptors: Path) -> list[MethodRoute]:
+    """Returns a route for each rpc of the public services."""
+    routes = []
+    for service, method in _methods(descriptors):
+        path = f"/{service}/{method.name}"
+        binding = _binding(method)
+        is_stream = method.client_streaming or method.server_streaming
+        idle_seconds = TAIL_IDLE_SECONDS if path in _TAILS else TRANSFER_IDLE_SECONDS if is_stream else 0
+        routes.append(
+            MethodRoute(
+                path=path,
+                cluster=PUBLIC_SERVICES[service],
+                timeout_seconds=0 if is_stream else _TIMEOUT_SECONDS.get(path, DEFAULT_SECONDS),
+                idle_seconds=idle_seconds,
+                is_upload=method.client_streaming,
+                is_read=binding is not None and binding[0] == "GET" and not is_stream,
+            )
+        )
+    return routes
+
+
+def _pattern(template: str) -> str:
+    """Returns the regular expression of a path template such as `/jobs/{job_id}/files/{path=**}`."""
+    parts = []
+    for segment in template.strip("/").split("/"):
+        if re.fullmatch(r"\{\w+=\*\*\}", segment):
+            parts.append("(/.*)?")
+        elif segment.startswith("{"):
+            parts.append("/[^/]+")
+        else:
+            parts.append("/" + re.escape(segment).replace(r"\-", "-"))
+    return "".join(parts) + "/?"
+
+
+def rest_paths(descriptors: Path) -> list[RestPath]:
+    """Returns every path that has a REST binding."""
+    methods: defaultdict[str, list[str]] = defaultdict(list)
+    uploads: defaultdict[str, list[str]] = defaultdict(list)
+    for _service, method in _methods(descriptors):
+        if (binding := _binding(method)) is None:
+            continue
+        pattern = _pattern(binding[1])
+        methods[pattern].append(binding[0])
+        if method.client_streaming:
+            uploads[pattern].append(binding[0])
+    return [
+        RestPath(pattern, tuple(sorted(names)), tuple(uploads[pattern])) for pattern, names in methods.items()
+    ]
