@@ -1,0 +1,91 @@
+"""The command `tunery`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunery.commands import accounts, datasets, jobs, models
+from tunery.commands.exit_codes import ExitCode, exit_code_of
+from tunery.errors import SetUpError
+
+app = typer.Typer(
+    help="Fine-tune language models on your own machines. `tunery up` runs the service, the rest uses it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(datasets.app, name="datasets")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(models.app, name="models")
+app.add_typer(accounts.app, name="accounts")
+
+
+@app.command()
+def up(
+    data_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept.")] = Path("data"),
+    port: Annotated[
+        int, typer.Option(metavar="PORT", help="Where the service listens, on 127.0.0.1.")
+    ] = 8080,
+) -> None:
+    """Run the whole service in the foreground, until Ctrl-C."""
+    from tunery.up import run_up
+
+    raise typer.Exit(run_up(data_dir, port, os.environ))
+
+
+@app.command()
+def demo() -> None:
+    """Show it all: fine-tune a small model on a sample, and ask it before and after."""
+    from tunery.demo import run_demo
+
+    raise typer.Exit(run_demo())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit code. Errors are a line on stderr each."""
+    try:
+        return app(args=list(arguments), prog_name="tunery", standalone_mode=False) or ExitCode.OK
+    except typer.TyperException as error:
+        # Every one that is raised for wrong arguments can say what is wrong; the base class doesn't tell.
+        return _fail(error.format_message(), ExitCode.USAGE)
+    except (SetUpError, BrokenPipeError, KeyboardInterrupt, typer.Abort) as error:
+        return _end_of(error)
+    except Exception as error:
+        # Imported by now if it was a call to the service that failed.
+        client = sys.modules.get("tunery.client")
+        if client and isinstance(error, client.ClientError):
+            return _fail(f"{error.message} ({error.code})", exit_code_of(error))
+        raise
+
+
+def main() -> None:
+    """The entry point of the package."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _end_of(error: BaseException) -> int:
+    match error:
+        case SetUpError():
+            return _fail(str(error), ExitCode.USAGE)
+        case BrokenPipeError():
+            # Whoever read our output has gone, as `head` does. Python would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return ExitCode.OK
+        case _:
+            return _fail("interrupted", ExitCode.INTERRUPTED)
+
+
+def _fail(message: str, code: ExitCode) -> int:
+    if message:  # a command without its subcommand has printed its help instead
+        print(f"tunery: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The subcommands of `tunery`, a module for each group."""

@@ -1,0 +1,99 @@
+"""What commands print: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+
+_STATUS_STYLE = {
+    "completed": "green",
+    "available": "green",
+    "running": "cyan",
+    "queued": "yellow",
+    "failed": "red",
+    "cancelled": "magenta",
+}
+# Nobody's window: wide enough that a program that reads a table finds every row on one line.
+_PIPE_WIDTH = 240
+
+
+def stdout_console() -> Console:
+    """Returns a console for results."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def stderr_console() -> Console:
+    """Returns a console for progress and remarks."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    headers: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None
+) -> None:
+    """Prints a table; the first column is never cut."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for index, header in enumerate(headers):
+        table.add_column(header, header_style="dim", no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    stdout_console().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str | Text | None]]) -> None:
+    """Prints names and values, a line each; leaves out what is None."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        if value is not None:
+            table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
+    stdout_console().print(table)
+
+
+def status_text(status: str) -> Text:
+    """Returns a status in its colour."""
+    return Text(status, style=_STATUS_STYLE.get(status, ""))
+
+
+def size_text(size_bytes: float) -> str:
+    """Returns a size as people read it."""
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def time_text(timestamp: str | None) -> str:
+    """Returns an RFC 3339 time in the local zone; empty for none."""
+    if not timestamp:
+        return ""
+    return datetime.fromisoformat(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration_text(seconds: float) -> str:
+    """Returns a duration such as 1 h 02 min, 3 min 20 s or 12 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole} s"
