@@ -1,0 +1,68 @@
+# Everything that a person or a machine does with this project. Each target is safe to repeat.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+MODELS := $(VENV)/models-pulled
+PROTOS := $(shell find protos/tunery -name '*.proto')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+
+help: ## Show what there is.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+setup: $(INSTALLED) $(MODELS) ## Make .venv, install everything pinned, fetch the base models.
+
+demo: setup ## Fine-tune a small model on a sample, and show what it has learnt.
+	$(BIN)/tunery demo
+
+test: setup check ## Run every check and every test.
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## Lint, types, and the protos' rules.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code --path protos/tunery
+	$(MAKE) --no-print-directory breaking
+
+# Against what others may have built on. Google's protos aren't in the history, so they are lent to it.
+breaking: $(INSTALLED)
+	@if git rev-parse --verify --quiet origin/main:buf.yaml >/dev/null; then \
+		base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && \
+		git archive origin/main buf.yaml protos | tar -x -C "$$base" && \
+		cp -r protos/third_party "$$base/protos/" && \
+		$(BIN)/buf breaking --against "$$base"; \
+	fi
+
+protos: $(INSTALLED) ## Make the Python code from protos/ anew.
+	$(BIN)/python hatch_build.py
+
+bench: setup ## Measure, and keep the figures in bench/results/.
+	$(BIN)/python bench/upload_throughput.py
+
+clean: ## Remove what the other targets made, base models aside.
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/made:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The tools that make code from the protos come first; the build then takes them from here, pinned.
+$(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTOS)
+	@echo 'installing into $(VENV) (some minutes the first time)'
+	$(PIP) hatchling grpcio-tools googleapis-common-protos
+	$(PIP) --no-build-isolation --editable '.[dev,wandb]'
+	@touch $@
+
+$(MODELS): $(INSTALLED)
+	$(BIN)/tunery models pull smollm2-135m-instruct
+	$(BIN)/tunery models pull tunery-tiny
+	@touch $@
+
+.PHONY: help setup demo test check breaking protos bench clean

@@ -1,0 +1,199 @@
+"""What becomes of a service's answer on its way to a REST client, and of a request on its way in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from google.api import httpbody_pb2
+from google.protobuf import empty_pb2
+
+from tests.integration.gateway.raw_http import request
+from tests.integration.gateway.stack import FIRST_KEY, Gateway
+from tests.integration.gateway.upstreams import Upstreams
+from tunery.dataset.v1 import dataset_pb2
+from tunery.job.v1 import fine_tuning_service_pb2, job_pb2
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_created_is_201(gateway: Gateway, upstreams: Upstreams) -> None:
+    async def create(_request: Any, context: Any) -> job_pb2.Job:
+        await context.send_initial_metadata((("x-http-status", "201"),))
+        return job_pb2.Job(id="ftjob-1", status="queued")
+
+    upstreams.on("CreateJobFromJson", create)
+
+    answer = await gateway.client.post("/api/v1/fine-tuning/jobs", content=b'{"suffix": "\xc3\xbc"}')
+
+    assert (answer.status_code, answer.json()["id"]) == (201, "ftjob-1")
+    assert answer.headers["content-type"] == "application/json"
+    assert not {name for name in answer.headers if name.startswith(("x-http-", "grpc-", "x-envoy-"))}
+    assert upstreams.last.request.data == b'{"suffix": "\xc3\xbc"}'
+
+
+async def test_no_content_is_204_with_nothing_in_it(gateway: Gateway, upstreams: Upstreams) -> None:
+    async def delete(_request: Any, context: Any) -> empty_pb2.Empty:
+        await context.send_initial_metadata((("x-http-status", "204"),))
+        return empty_pb2.Empty()
+
+    upstreams.on("DeleteDataset", delete)
+
+    answer = await request(
+        gateway, "DELETE /api/v1/fine-tuning/datasets/ds-1", f"authorization: Bearer {FIRST_KEY}"
+    )
+
+    assert (answer.status, answer.body) == (204, b"")
+    assert not {"content-type", "content-length", "transfer-encoding"} & set(answer.headers)
+    # The connection is still of use: nothing of the body was left in it.
+    for _ in range(2):
+        answer_again = await gateway.client.delete("/api/v1/fine-tuning/datasets/ds-1")
+        assert (answer_again.status_code, answer_again.content) == (204, b"")
+
+
+@pytest.mark.parametrize("status", ["404", "500", "199", "2000", "2x1", ""])
+async def test_a_service_can_choose_only_a_2xx(gateway: Gateway, upstreams: Upstreams, status: str) -> None:
+    async def get(_request: Any, context: Any) -> job_pb2.Job:
+        await context.send_initial_metadata((("x-http-status", status),))
+        return job_pb2.Job(id="ftjob-1")
+
+    upstreams.on("GetJob", get)
+
+    answer = await gateway.client.get("/api/v1/fine-tuning/jobs/ftjob-1")
+
+    assert (answer.status_code, answer.json()["id"]) == (200, "ftjob-1")
+
+
+async def test_ndjson_lines_come_one_by_one(gateway: Gateway, upstreams: Upstreams) -> None:
+    may_go_on = asyncio.Queue[None]()
+
+    async def tail(_request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.send_initial_metadata((("x-http-content-type", "application/x-ndjson"),))
+        for number in range(3):
+            log = fine_tuning_service_pb2.Log(message=f"line {number}\n“ü”")
+            yield fine_tuning_service_pb2.LogLines(logs=[log])
+            await may_go_on.get()  # the next line is made only after the client has this one
+
+    upstreams.on("TailJob", tail)
+
+    async with gateway.client.stream("GET", "/fine_tuning/jobs/tail", params={"job_id": "j1"}) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/x-ndjson"
+        assert answer.headers["transfer-encoding"] == "chunked"
+        seen = []
+        async with asyncio.timeout(20):
+            async for line in answer.aiter_lines():
+                seen.append(json.loads(line))
+                may_go_on.put_nowait(None)
+
+    assert seen == [{"logs": [{"message": f"line {number}\n“ü”"}]} for number in range(3)]
+    assert upstreams.last.request.job_id == "j1"
+
+
+async def test_a_tail_that_nobody_reads_any_more_is_ended(gateway: Gateway, upstreams: Upstreams) -> None:
+    ended = asyncio.Event()
+
+    async def tail(_request: Any, _context: Any) -> AsyncIterator[Any]:
+        try:
+            yield fine_tuning_service_pb2.LogLines()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    upstreams.on("TailJob", tail)
+
+    async with gateway.client.stream("GET", "/fine_tuning/jobs/tail", params={"job_id": "j1"}) as answer:
+        await anext(answer.aiter_bytes())
+    async with asyncio.timeout(20):
+        await ended.wait()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GetJobFile", "/fine_tuning/jobs/j1/files/a/b%20c.tar"),
+        ("DownloadFineTunedModel", "/api/v1/fine-tuning/models/m1/artifact"),
+    ],
+)
+async def test_a_file_keeps_its_own_content_type_and_bytes(
+    gateway: Gateway, upstreams: Upstreams, method: str, path: str
+) -> None:
+    content = bytes(range(256)) * 4096 * 3
+
+    async def send(_request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.send_initial_metadata((("content-disposition", 'attachment; filename="a.tar"'),))
+        for at in range(0, len(content), 500_000):
+            part = content[at : at + 500_000]
+            yield httpbody_pb2.HttpBody(content_type="application/x-tar", data=part)
+
+    upstreams.on(method, send)
+
+    answer = await gateway.client.get(path)
+
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/x-tar"
+    assert answer.headers["content-disposition"] == 'attachment; filename="a.tar"'
+    assert answer.content == content
+    if method == "GetJobFile":
+        assert (upstreams.last.request.job_id, upstreams.last.request.path) == ("j1", "a/b c.tar")
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b' {"unknown": 1} '])
+async def test_cancel_takes_a_body_or_none(gateway: Gateway, upstreams: Upstreams, body: bytes) -> None:
+    answer = await gateway.client.post("/api/v1/fine-tuning/jobs/ftjob-1/cancel", content=body)
+
+    assert answer.status_code == 200
+    assert (upstreams.last.method, upstreams.last.request.job_id) == ("CancelJob", "ftjob-1")
+
+
+async def test_query_parameters(gateway: Gateway, upstreams: Upstreams) -> None:
+    answer = await gateway.client.get("/api/v1/fine-tuning/jobs?limit=7&offset=3&unknown=x&Limit=9")
+    assert answer.status_code == 200
+    assert (upstreams.last.request.limit, upstreams.last.request.offset) == (7, 3)
+
+    answer = await gateway.client.get("/fine_tuning/jobs/status?job_id=a+b%20c%2Fd")
+    assert answer.status_code == 200
+    assert upstreams.last.request.job_id == "a b c/d"
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=abc", "limit=1.5", "limit=", "limit=%22%0a%ff", "offset=99999999999"]
+)
+async def test_query_parameter_of_the_wrong_type_is_400(
+    gateway: Gateway, upstreams: Upstreams, query: str
+) -> None:
+    answer = await gateway.client.get(f"/api/v1/fine-tuning/jobs?{query}")
+
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert query.partition("=")[0] in error["message"]
+    assert upstreams.calls == []
+
+
+async def test_numbers_print_as_the_contracts_have_them(gateway: Gateway, upstreams: Upstreams) -> None:
+    async def get(_request: Any, _context: Any) -> dataset_pb2.Dataset:
+        return dataset_pb2.Dataset(id="ds-1", size_bytes=5_000_000_000)
+
+    upstreams.on("GetDataset", get)
+
+    answer = await gateway.client.get("/api/v1/fine-tuning/datasets/ds-1")
+
+    assert answer.text == '{"id":"ds-1","name":"","size_bytes":5000000000,"row_count":0,"columns":[]}'
+
+
+async def test_an_answer_that_is_too_large_is_500_in_the_envelope(
+    gateway: Gateway, upstreams: Upstreams
+) -> None:
+    async def get(_request: Any, _context: Any) -> job_pb2.Job:
+        return job_pb2.Job(id="x" * 17 * 1024 * 1024)
+
+    upstreams.on("GetJob", get)
+
+    answer = await gateway.client.get("/api/v1/fine-tuning/jobs/ftjob-1")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")

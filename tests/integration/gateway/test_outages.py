@@ -1,0 +1,167 @@
+"""What clients see while a part of the stack is away, and what is tried again for them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import structlog
+
+from gateway.authz.accounts import Accounts
+from gateway.authz.credit_accounts import JobServiceCreditAccounts
+from gateway.authz.repository import AccountRepository
+from gateway.authz.server import make_authz_server
+from svc_kit.database import Database
+from svc_kit.identity import Issuer, Verifier, write_identity_keys
+from tests.integration.gateway.stack import FIRST_KEY, Gateway, run_gateway, run_server, wait_until
+from tests.integration.gateway.upstreams import make_upstream
+from tunery.job.v1 import job_service_pb2, job_service_pb2_grpc
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+JOBS = "/api/v1/fine-tuning/jobs"
+AUTHORIZATION = (("authorization", f"Bearer {FIRST_KEY}"),)
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def without_retries(configuration: str) -> str:
+    return configuration.replace("num_retries: 5", "num_retries: 0")
+
+
+async def stat(gateway: Gateway, name: str) -> int:
+    transport = httpx.AsyncHTTPTransport(uds=str(gateway.folder / "envoy" / "admin.sock"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+        text = (await client.get("/stats", params={"filter": f"^{re.escape(name)}$"})).text
+    return int(text.rpartition(" ")[2]) if text else 0
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_call_waits_for_a_service_that_starts_again(tmp_path: Path, method: str) -> None:
+    address = free_address()
+    async with run_gateway(tmp_path, job_svc_address=address) as gateway:
+        call = asyncio.create_task(gateway.client.request(method, JOBS))
+
+        async def refused() -> bool:
+            return await stat(gateway, "cluster.job_svc.upstream_cx_connect_fail") > 0
+
+        await wait_until(refused)
+        server = make_upstream("job_svc", gateway.upstreams, Verifier(tmp_path / "identity"))
+        server.add_insecure_port(address)
+        await server.start()
+        try:
+            assert (await call).status_code == 200
+        finally:
+            await server.stop(None)
+    assert len(gateway.upstreams.calls) == 1
+
+
+async def test_a_service_that_is_away_is_503(tmp_path: Path) -> None:
+    away = {name: free_address() for name in ("job_svc_address", "inference_svc_address")}
+    async with run_gateway(tmp_path, edit=without_retries, **away) as gateway:
+        for method, path in (("GET", JOBS), ("POST", JOBS), ("POST", "/v1/chat/completions")):
+            answer = await gateway.client.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+            assert "127.0.0.1" not in answer.text
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await job_service_pb2_grpc.JobServiceStub(gateway.channel).GetJob(
+                job_service_pb2.GetJobRequest(), metadata=AUTHORIZATION
+            )
+        assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert raised.value.details() == "A part of the service can't be reached for now; try again."
+        assert (await gateway.client.get("/api/v1/fine-tuning/datasets")).status_code == 200
+
+
+async def test_a_create_that_may_have_been_done_is_not_sent_again(tmp_path: Path) -> None:
+    address = free_address()
+    async with run_gateway(tmp_path, job_svc_address=address) as gateway:
+        server = make_upstream("job_svc", gateway.upstreams, Verifier(tmp_path / "identity"))
+        server.add_insecure_port(address)
+        await server.start()
+        reached = asyncio.Event()
+
+        async def hang(_request: Any, _context: Any) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        gateway.upstreams.on("CreateJobFromJson", hang)
+        call = asyncio.create_task(gateway.client.post(JOBS, content=b"{}"))
+        await reached.wait()
+        await server.stop(None)
+
+        answer = await call
+
+        assert answer.status_code in (499, 503)
+        assert len(gateway.upstreams.calls) == 1
+
+
+async def test_without_the_auth_check_nobody_is_let_in(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path, edit=without_retries, authz_address=free_address()) as gateway:
+        for path in (JOBS, "/nope", "/fine_tuning/jobs/tail?job_id=x"):
+            answer = await gateway.client.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+            assert answer.headers["content-type"] == "application/json"
+        assert gateway.upstreams.calls == []
+        assert (await gateway.client.get("/healthz")).status_code == 200
+
+
+async def test_without_the_accounts_database_nobody_is_let_in(tmp_path: Path) -> None:
+    keys = tmp_path / "identity"
+    write_identity_keys(keys)
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/authz.db")
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        accounts = Accounts(
+            AccountRepository(database),
+            Issuer.load("account", keys),
+            JobServiceCreditAccounts(channel, Issuer.load("authz", keys)),
+        )
+        server, _health = make_authz_server(accounts, Verifier(keys))
+        async with run_server(server) as address, run_gateway(tmp_path, authz_address=address) as gateway:
+            with structlog.testing.capture_logs() as logs:
+                answer = await gateway.client.get(JOBS)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert gateway.upstreams.calls == []
+    assert {line["code"] for line in logs} == {"unavailable"}
+    await database.close()
+
+
+async def never(_request: Any, _context: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def native_get_job(gateway: Gateway) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await job_service_pb2_grpc.JobServiceStub(gateway.channel).GetJob(
+            job_service_pb2.GetJobRequest(), metadata=AUTHORIZATION
+        )
+    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "did not answer in time" in (raised.value.details() or "")
+
+
+async def rest_get_job(gateway: Gateway) -> None:
+    answer = await gateway.client.get(f"{JOBS}/ftjob-1")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("ask", [native_get_job, rest_get_job])
+async def test_a_service_that_does_not_answer_is_504(
+    tmp_path: Path, ask: Callable[[Gateway], Awaitable[None]]
+) -> None:
+    def impatient(configuration: str) -> str:
+        return configuration.replace("timeout: 15s", "timeout: 0.2s")
+
+    async with run_gateway(tmp_path, edit=impatient) as gateway:
+        gateway.upstreams.on("GetJob", never)
+        await ask(gateway)

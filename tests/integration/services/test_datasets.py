@@ -1,0 +1,165 @@
+"""Datasets and their holds, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from dataset_svc.uploads import MAX_CONCURRENT_UPLOADS
+from svc_kit.ids import new_id
+from tunery.dataset.v1 import dataset_service_pb2, job_data_service_pb2
+from tunery.dataset.v1.job_data_service_pb2_grpc import JobDataServiceStub
+from tunery.job.v1 import job_pb2, job_service_pb2
+
+from .conftest import Metadata, Services
+
+ROWS = "question,answer\nq,a\n"
+
+
+def delete_request(dataset_id: str) -> dataset_service_pb2.DeleteDatasetRequest:
+    return dataset_service_pb2.DeleteDatasetRequest(dataset_id=dataset_id)
+
+
+async def code_of(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def make_job(services: Services, account: Metadata, dataset_id: str) -> job_pb2.Job:
+    request = job_service_pb2.CreateJobRequest(
+        base_model="tunery-tiny", dataset_id=dataset_id, task_type="qa"
+    )
+    return await services.jobs.CreateJob(request, metadata=account)
+
+
+async def test_a_dataset_is_shown_once_stored_and_gone_once_deleted(services: Services) -> None:
+    account = services.account()
+    made = await services.upload(account, 'Question,Answer\r\n"a ""b""","two\nlines"\r\n', "my.CSV")
+    assert (made.name, made.row_count, list(made.columns)) == ("my.CSV", 1, ["Question", "Answer"])
+    get = dataset_service_pb2.GetDatasetRequest(dataset_id=made.id)
+    assert await services.datasets.GetDataset(get, metadata=account) == made
+    await services.datasets.DeleteDataset(delete_request(made.id), metadata=account)
+    assert await code_of(services.datasets.GetDataset(get, metadata=account)) == grpc.StatusCode.NOT_FOUND
+    again = services.datasets.DeleteDataset(delete_request(made.id), metadata=account)
+    assert await code_of(again) == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_native_upload_that_is_cut_off_stores_nothing(services: Services) -> None:
+    account = services.account()
+    part = dataset_service_pb2.UploadDatasetRequest
+    header = dataset_service_pb2.UploadHeader(file_name="rows.csv", size_bytes=len(ROWS) + 1)
+    parts = [part(header=header), part(chunk=ROWS.encode())]
+    upload = services.datasets.UploadDataset(iter(parts), metadata=account)
+    assert await code_of(upload) == grpc.StatusCode.INVALID_ARGUMENT
+    listed = await services.datasets.ListDatasets(dataset_service_pb2.ListDatasetsRequest(), metadata=account)
+    assert not listed.data
+
+
+async def test_a_dataset_in_use_stays_until_the_jobs_end(services: Services) -> None:
+    account = services.account()
+    dataset = await services.upload(account, ROWS)
+    first, second = [await make_job(services, account, dataset.id) for _ in range(2)]
+    for job in (first, second):
+        held = services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)
+        assert await code_of(held) == grpc.StatusCode.ABORTED
+        cancel = job_service_pb2.CancelJobRequest(job_id=job.id)
+        await services.jobs.CancelJob(cancel, metadata=account)
+    await services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)
+
+
+async def test_a_job_and_a_deletion_at_the_same_time_never_both_succeed(services: Services) -> None:
+    account = services.account()
+    for _ in range(15):
+        dataset = await services.upload(account, ROWS)
+        made, deleted = await asyncio.gather(
+            make_job(services, account, dataset.id),
+            code_of(services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)),
+            return_exceptions=True,
+        )
+        if isinstance(made, job_pb2.Job):
+            assert deleted == grpc.StatusCode.ABORTED
+            await services.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=made.id), metadata=account)
+        else:
+            assert isinstance(made, grpc.aio.AioRpcError)
+            assert made.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_hold_whose_job_was_refused_is_given_back(services: Services) -> None:
+    account = services.account()
+    dataset = await services.upload(account, ROWS)
+    request = job_service_pb2.CreateJobRequest(
+        base_model="tunery-tiny",
+        dataset_id=dataset.id,
+        task_type="qa",
+        hyperparameters=job_pb2.Hyperparameters(validation_split=1.0),
+    )
+    refused = services.jobs.CreateJob(request, metadata=account)
+    assert await code_of(refused) == grpc.StatusCode.INVALID_ARGUMENT
+    await services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)
+
+
+async def test_a_young_hold_without_a_job_yet_counts(services: Services) -> None:
+    """job_svc holds the data first and commits the job a moment later."""
+    account_id = new_id("acct")
+    account = services.account(account_id)
+    dataset = await services.upload(account, ROWS)
+    stub = JobDataServiceStub(services.channel(services.dataset_address))
+    request = job_data_service_pb2.HoldJobDataRequest(
+        account_id=account_id, job_id=new_id("job"), uris=[f"dataset://{dataset.id}"]
+    )
+    await stub.HoldJobData(request, metadata=services.process("job_svc"))
+    held = services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)
+    assert await code_of(held) == grpc.StatusCode.ABORTED
+    release = job_data_service_pb2.ReleaseJobDataRequest(job_id=request.job_id)
+    await stub.ReleaseJobData(release, metadata=services.process("job_svc"))
+    await services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)
+
+
+async def test_another_accounts_dataset_is_not_there(services: Services) -> None:
+    owner, other = services.account(), services.account()
+    dataset = await services.upload(owner, ROWS)
+    get = dataset_service_pb2.GetDatasetRequest(dataset_id=dataset.id)
+    assert await code_of(services.datasets.GetDataset(get, metadata=other)) == grpc.StatusCode.NOT_FOUND
+    delete = services.datasets.DeleteDataset(delete_request(dataset.id), metadata=other)
+    assert await code_of(delete) == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError, match="There is no dataset"):
+        await make_job(services, other, dataset.id)
+
+
+@pytest.mark.parametrize("dataset_id", ["", "x", "ds-\0", "../../x", "ds-" + "a" * 20, "é" * 400])
+async def test_ids_that_are_none_are_not_found(services: Services, dataset_id: str) -> None:
+    get = dataset_service_pb2.GetDatasetRequest(dataset_id=dataset_id)
+    call = services.datasets.GetDataset(get, metadata=services.account())
+    assert await code_of(call) == grpc.StatusCode.NOT_FOUND
+
+
+async def test_uploads_beyond_the_limit_are_refused_and_block_nobody(services: Services) -> None:
+    """Slow clients hold every place: the next is told to come back, and those that hold one finish."""
+    account = services.account()
+    part = dataset_service_pb2.UploadDatasetRequest
+    header = part(header=dataset_service_pb2.UploadHeader(file_name="rows.csv", size_bytes=len(ROWS)))
+    slow = [services.datasets.UploadDataset(metadata=account) for _ in range(MAX_CONCURRENT_UPLOADS)]
+    for call in slow:
+        await call.write(header)
+
+    async def refused() -> bool:
+        try:
+            await services.upload(account, ROWS)
+        except grpc.aio.AioRpcError as error:
+            return error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        return False
+
+    async with asyncio.timeout(30):
+        while not await refused():  # until the last of them has its place
+            pass
+    for call in slow:
+        await call.write(part(chunk=ROWS.encode()))
+        await call.done_writing()
+    stored = await asyncio.gather(*slow)
+    assert len({dataset.id for dataset in stored}) == MAX_CONCURRENT_UPLOADS
+    await services.upload(account, ROWS)

@@ -1,0 +1,93 @@
+"""The object store, against the embedded server or any endpoint given by TUNERY_TEST_S3_ENDPOINT."""
+
+from __future__ import annotations
+
+import io
+import secrets
+from pathlib import Path
+
+import pytest
+from minio.error import MinioException
+from pydantic import SecretStr
+
+from svc_kit.errors import NotFound
+from svc_kit.object_store import PART_BYTES, ObjectStore
+from svc_kit.settings import ObjectStoreSettings
+
+
+@pytest.fixture
+async def store(embedded_s3: ObjectStoreSettings) -> ObjectStore:
+    store = ObjectStore(embedded_s3)
+    await store.wait_and_create_bucket()
+    return store
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test-{secrets.token_hex(6)}/"
+
+
+async def read(store: ObjectStore, key: str) -> bytes:
+    return b"".join([chunk async for chunk in store.read_chunks(key)])
+
+
+@pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES + 7])
+async def test_a_stream_of_any_size_comes_back(store: ObjectStore, prefix: str, size: int) -> None:
+    data = secrets.token_bytes(size)
+    store.put_stream(prefix + "x", io.BytesIO(data))
+    assert await read(store, prefix + "x") == data
+    assert (await store.stat(prefix + "x")).size_bytes == size
+
+
+@pytest.mark.parametrize("size", [1000, PART_BYTES + 1000])
+async def test_a_stream_that_fails_stores_nothing(store: ObjectStore, prefix: str, size: int) -> None:
+    class Failing(io.RawIOBase):
+        left = size
+
+        def read(self, size: int = -1) -> bytes:
+            if self.left <= 0:
+                raise RuntimeError("the upload was cut off")
+            taken = min(size, self.left)
+            self.left -= taken
+            return bytes(taken)
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        store.put_stream(prefix + "x", Failing())
+    assert await store.list(prefix) == []
+
+
+async def test_a_folder_comes_back(store: ObjectStore, prefix: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "inner" / "b.txt").write_text("b")
+    await store.put_folder(prefix, source)
+    await store.get_folder(prefix, tmp_path / "copy")
+    assert (tmp_path / "copy" / "inner" / "b.txt").read_text() == "b"
+    assert [stored.key for stored in await store.list(prefix)] == [f"{prefix}a.txt", f"{prefix}inner/b.txt"]
+
+
+async def test_deleting_many_leaves_the_others(store: ObjectStore, prefix: str) -> None:
+    for name in ("one/a", "one/b", "one-more/a"):
+        store.put_stream(prefix + name, io.BytesIO(b"x"))
+    keys = [stored.key for stored in await store.list(prefix + "one/")]
+    assert len(keys) == 2
+    for _ in range(2):
+        await store.delete_all(keys)
+    assert [stored.key for stored in await store.list(prefix)] == [f"{prefix}one-more/a"]
+
+
+async def test_what_is_not_there_is_not_found(store: ObjectStore, prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        await store.stat(prefix + "x")
+    with pytest.raises(NotFound):
+        store.open(prefix + "x")
+    with pytest.raises(NotFound):
+        await store.get_folder(prefix, tmp_path / "copy")
+    await store.delete(prefix + "x")
+
+
+async def test_wrong_keys_are_refused(embedded_s3: ObjectStoreSettings) -> None:
+    wrong = embedded_s3.model_copy(update={"s3_secret_key": SecretStr("wrong")})
+    with pytest.raises(MinioException):
+        ObjectStore(wrong).create_bucket()

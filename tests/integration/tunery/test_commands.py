@@ -1,0 +1,320 @@
+"""The commands against a running stack: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.tunery.running import (
+    COMMAND,
+    Result,
+    Up,
+    clean_environment,
+    free_port,
+    run_tunery,
+    wait_for,
+)
+
+REFUSED, USAGE, UNREACHABLE, NOT_FOUND, INTERRUPTED = 1, 2, 3, 4, 130
+
+
+def assert_fails(result: Result, code: int, *words: str) -> None:
+    assert result.code == code, result
+    assert result.out == ""
+    assert len(result.err.splitlines()) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err
+
+
+@pytest.fixture(scope="module")
+def trained(stack: Up, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A job that has completed, as `jobs create --follow --json` shows it."""
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    path.write_text("question,answer\n" + "".join(f"Number {n}?,It is {n}.\n" for n in range(16)))
+    result = stack.tunery(
+        "jobs", "create", str(path), "--model", "tunery-tiny", "--epochs", "1",
+        "--validation-split", "0.25", "--suffix", "told", "--follow", "--json",
+    )  # fmt: skip
+    assert result.code == 0, result
+    details: dict[str, object] = result.json
+    return details
+
+
+@pytest.fixture
+def long_job(stack: Up, rows_csv: Path) -> str:
+    """A job that would train for very long."""
+    result = stack.tunery(
+        "jobs", "create", str(rows_csv), "--model", "tunery-tiny", "--epochs", "5000", "--json"
+    )
+    assert result.code == 0, result
+    job_id: str = result.json["id"]
+    return job_id
+
+
+def test_help_is_complete():
+    result = run_tunery("--help")
+    assert result.code == 0
+    for name in ("up", "datasets", "jobs", "models", "accounts"):
+        assert name in result.out
+
+
+def test_help_waits_for_no_large_library():
+    program = "import sys; from tunery.cli import run; run(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "grpc", "httpx", "sqlalchemy", "minio"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("jobs", "nonsense"),
+        ("jobs", "show"),
+        ("jobs", "list", "--limit", "many"),
+        ("jobs", "create", "x", "--epochs", "2.5"),
+        ("datasets", "upload"),
+        ("accounts", "create", "x", "--credits", "much"),
+        ("models", "list", "--nonsense"),
+    ],
+)
+def test_wrong_usage(arguments):
+    assert_fails(run_tunery(*arguments), USAGE)
+
+
+def test_no_service_named():
+    assert_fails(run_tunery("jobs", "list"), USAGE, "--data-dir", "TUNERY_URL", "TUNERY_API_KEY")
+    assert_fails(run_tunery("jobs", "list", TUNERY_URL="http://127.0.0.1:1"), USAGE, "TUNERY_API_KEY")
+
+
+def test_wrong_url():
+    result = run_tunery("jobs", "list", TUNERY_URL="127.0.0.1:1", TUNERY_API_KEY="x")
+    assert_fails(result, USAGE, "127.0.0.1:1")
+
+
+def test_folder_without_credentials(tmp_path):
+    result = run_tunery("jobs", "list", "--data-dir", str(tmp_path))
+    assert_fails(result, USAGE, "credentials.json")
+
+
+@pytest.mark.parametrize("arguments", [("jobs", "list"), ("accounts", "create", "x"), ("models", "list")])
+def test_service_out_of_reach(arguments):
+    url = f"http://127.0.0.1:{free_port()}"
+    result = run_tunery(*arguments, TUNERY_URL=url, TUNERY_API_KEY="x")
+    assert_fails(result, UNREACHABLE, url)
+
+
+def test_key_that_is_refused(stack):
+    for arguments in (("jobs", "list"), ("accounts", "create", "x"), ("jobs", "logs", "-f", "job-x")):
+        result = run_tunery(*arguments, TUNERY_URL=stack.url, TUNERY_API_KEY="tnry_wrong")
+        assert_fails(result, REFUSED, "invalid_api_key")
+
+
+def test_service_by_variables(stack):
+    result = run_tunery(
+        "datasets", "list", "--json", TUNERY_URL=stack.url, TUNERY_API_KEY=stack.credentials["api_key"]
+    )
+    assert result.code == 0
+    assert "data" in result.json
+
+
+def test_account_gets_a_key_of_its_own(stack):
+    created = stack.tunery("accounts", "create", "a team", "--credits", "2.5")
+    assert created.code == 0
+    [key] = created.out.splitlines()
+    assert key.startswith("tnry_")
+    own = {"TUNERY_URL": stack.url, "TUNERY_API_KEY": key}
+    assert run_tunery("jobs", "list", "--json", **own).json == {"data": [], "total": 0}
+    assert_fails(run_tunery("accounts", "create", "more", **own), REFUSED, "forbidden")
+    databases = b"".join(path.read_bytes() for path in stack.data_dir.glob("db/*"))
+    assert key.encode() not in databases
+
+
+def test_account_with_wrong_arguments(stack):
+    assert_fails(stack.tunery("accounts", "create", ""), REFUSED, "name")
+    assert_fails(stack.tunery("accounts", "create", "x", "--credits", "-1"), REFUSED, "credits")
+
+
+def test_account_without_enough_credits(stack, rows_csv):
+    key = stack.tunery("accounts", "create", "poor", "--credits", "0", "--json").json["api_key"]
+    result = run_tunery(
+        "jobs", "create", str(rows_csv), "--model", "tunery-tiny",
+        TUNERY_URL=stack.url, TUNERY_API_KEY=key,
+    )  # fmt: skip
+    assert_fails(result, REFUSED, "insufficient_credits")
+
+
+def test_datasets(stack, rows_csv):
+    uploaded = stack.tunery("datasets", "upload", str(rows_csv), "--name", "[red]numbers", "--json").json
+    assert uploaded["row_count"] == 16
+    assert uploaded["columns"] == ["question", "answer"]
+    assert uploaded["size_bytes"] == rows_csv.stat().st_size
+    assert uploaded in stack.tunery("datasets", "list", "--json").json["data"]
+    table = stack.tunery("datasets", "list").out
+    assert uploaded["id"] in table
+    assert "[red]numbers" in table
+    deleted = stack.tunery("datasets", "delete", uploaded["id"], "--json")
+    assert deleted.json == {"id": uploaded["id"], "deleted": True}
+    assert_fails(stack.tunery("datasets", "delete", uploaded["id"]), NOT_FOUND, uploaded["id"])
+
+
+def test_broken_dataset(stack, tmp_path):
+    broken = tmp_path / "broken.csv"
+    broken.write_text("question,answer\nonly one\n")
+    assert_fails(stack.tunery("datasets", "upload", str(broken)), REFUSED, "malformed_file", "Line 2")
+    assert_fails(stack.tunery("datasets", "upload", str(tmp_path / "none.csv")), USAGE, "none.csv")
+    assert_fails(stack.tunery("datasets", "upload", str(tmp_path)), USAGE)
+    wrong = tmp_path / "rows.txt"
+    wrong.write_text("question,answer\na,b\n")
+    assert_fails(stack.tunery("datasets", "upload", str(wrong)), REFUSED)
+
+
+def test_job_from_csv_to_model(stack, trained):
+    job = trained["job"]
+    assert job["status"] == "completed"
+    assert job["hyperparameters"]["epochs"] == 1
+    assert "told" in job["fine_tuned_model"]
+    assert trained["attempts"] == 1
+    assert stack.tunery("jobs", "show", job["id"], "--json").json["job"] == job
+    assert job in stack.tunery("jobs", "list", "--json").json["data"]
+    shown = stack.tunery("jobs", "show", job["id"]).out
+    for fact in (job["id"], "completed", job["fine_tuned_model"], "validation loss"):
+        assert fact in shown
+    assert job["id"] in stack.tunery("jobs", "list", "--limit", "100").out
+
+
+def test_log_of_a_job(stack, trained):
+    job_id = trained["job"]["id"]
+    followed = stack.tunery("jobs", "logs", "-f", job_id, "--json")
+    assert followed.code == 0
+    records = followed.json["data"]
+    assert [record["seq"] for record in records] == list(range(1, len(records) + 1))
+    assert records[-1]["kind"] == "end"
+    steps = [record["step"] for record in records if record["kind"] == "step"]
+    assert [step["step"] for step in steps] == list(range(1, steps[0]["total_steps"] + 1))
+    lines = stack.tunery("jobs", "logs", job_id).out.splitlines()
+    assert [line.partition(" ")[2] for line in lines] == [record["message"] for record in records]
+    entries = stack.tunery("jobs", "logs", job_id, "--json").json["data"]
+    assert [entry["message"] for entry in entries] == [record["message"] for record in records]
+    plain = stack.tunery("jobs", "logs", "--follow", job_id)
+    assert plain.code == 0
+    assert all(record["message"] in plain.out for record in records)
+    assert "\x1b" not in plain.out
+
+
+def test_wrong_jobs(stack, rows_csv):
+    assert_fails(stack.tunery("jobs", "show", "job-none"), NOT_FOUND, "job-none")
+    assert_fails(stack.tunery("jobs", "logs", "job-none"), NOT_FOUND)
+    assert_fails(stack.tunery("jobs", "logs", "-f", "job-none"), NOT_FOUND)
+    assert_fails(stack.tunery("jobs", "cancel", "job-none"), NOT_FOUND)
+    assert_fails(stack.tunery("jobs", "create", "ds-none", "--model", "tunery-tiny"), REFUSED, "ds-none")
+    assert_fails(stack.tunery("jobs", "create", "none.csv"), USAGE, "none.csv")
+    assert_fails(stack.tunery("jobs", "list", "--limit", "101"), REFUSED, "limit")
+    assert_fails(stack.tunery("jobs", "create", str(rows_csv), "--model", "x"), REFUSED, "unknown_base_model")
+    assert_fails(stack.tunery("jobs", "create", str(rows_csv), "--task", "x"), REFUSED, "task")
+    assert_fails(stack.tunery("jobs", "create", str(rows_csv), "--epochs", "0"), REFUSED, "epochs")
+
+
+def test_cancelled_job_ends_its_follower(stack, long_job):
+    follower = subprocess.Popen(
+        [*COMMAND, "jobs", "logs", "-f", long_job, "--data-dir", str(stack.data_dir)],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert follower.stdout
+    assert "made" in follower.stdout.readline()
+    cancelled = stack.tunery("jobs", "cancel", long_job, "--json")
+    assert cancelled.json["status"] == "cancelled"
+    _, errors = follower.communicate(timeout=30)
+    assert follower.returncode == REFUSED
+    assert errors == f"tunery: {long_job} cancelled\n"
+    assert_fails(stack.tunery("jobs", "cancel", long_job), REFUSED, "job_ended")
+
+
+def test_interrupted_follower(stack, long_job):
+    follower = subprocess.Popen(
+        [*COMMAND, "jobs", "logs", "-f", long_job, "--data-dir", str(stack.data_dir)],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert follower.stdout
+    follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    _, errors = follower.communicate(timeout=30)
+    assert follower.returncode == INTERRUPTED
+    assert "Traceback" not in errors
+    assert stack.tunery("jobs", "show", long_job, "--json").json["job"]["status"] in ("queued", "running")
+    assert stack.tunery("jobs", "cancel", long_job).code == 0
+
+
+def test_follower_survives_restarts_without_gap_or_double(stack, long_job):
+    follower = subprocess.Popen(
+        [*COMMAND, "jobs", "logs", "-f", long_job, "--json", "--data-dir", str(stack.data_dir)],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for name in ("gateway", "job_svc"):
+        said = len(stack.output)
+        stack.child(name).kill()
+        wait_for(lambda name=name, said=said: f"{name} is well again" in stack.output[said:], name)
+    assert stack.tunery("jobs", "cancel", long_job).code == 0
+    out, _ = follower.communicate(timeout=60)
+    assert follower.returncode == REFUSED
+    records = json.loads(out)["data"]
+    assert [record["seq"] for record in records] == list(range(1, len(records) + 1))
+    assert records[-1]["kind"] == "end"
+
+
+def test_models(stack, trained):
+    model_id = trained["job"]["fine_tuned_model"]
+    listed = stack.tunery("models", "list", "--json").json
+    assert model_id in [model["id"] for model in listed["fine_tuned"]]
+    assert "tunery-tiny" in [model["id"] for model in listed["base"]]
+    table = stack.tunery("models", "list").out
+    assert model_id in table
+    assert "tunery-tiny" in table
+    for model in (model_id, "tunery-tiny"):
+        answer = stack.tunery(
+            "models", "ask", model, "Who?", "--system", "Be short.", "--max-tokens", "5", "--json"
+        )
+        assert answer.code == 0, answer
+        assert answer.json["model"] == model
+        assert answer.json["choices"][0]["message"]["role"] == "assistant"
+    assert stack.tunery("models", "ask", model_id, "Who?", "--max-tokens", "5").code == 0
+    assert_fails(stack.tunery("models", "ask", "none", "Who?"), NOT_FOUND, "none")
+    assert_fails(stack.tunery("models", "ask", model_id, "Who?", "--max-tokens", "0"), REFUSED, "max_tokens")
+    assert stack.tunery("models", "delete", model_id).code == 0
+    assert_fails(stack.tunery("models", "delete", model_id), NOT_FOUND)
+    assert_fails(stack.tunery("models", "ask", model_id, "Who?"), NOT_FOUND)
+
+
+def test_pull(tmp_path):
+    pulled = run_tunery("models", "pull", "tunery-tiny", "--json", TUNERY_MODELS_DIR=str(tmp_path))
+    assert pulled.code == 0, pulled
+    assert pulled.json == {"id": "tunery-tiny", "path": str(tmp_path / "tunery-tiny")}
+    assert (tmp_path / "tunery-tiny" / "config.json").exists()
+    again = run_tunery("models", "pull", "tunery-tiny", TUNERY_MODELS_DIR=str(tmp_path))
+    assert again.out == f"{tmp_path / 'tunery-tiny'}\n"
+    assert_fails(run_tunery("models", "pull", "none"), NOT_FOUND, "none")
+
+
+def test_reader_that_goes_away(stack):
+    piped = subprocess.run(
+        ["bash", "-c", f"{' '.join(COMMAND)} models list --data-dir {stack.data_dir} | head -n 1"],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert piped.stdout.startswith("Fine-tuned models")
+    assert piped.stderr == ""

@@ -1,0 +1,102 @@
+"""What requests for jobs come to: overrides, estimates, and the union of methods."""
+
+from __future__ import annotations
+
+import pytest
+
+from job_svc.config_request import ConfigBody
+from job_svc.credits import Price, estimate_tokens
+from job_svc.csv_job_request import CsvJobBody
+from job_svc.job_state import ENDED, LIVE, SUCCESSORS, JobStatus
+from job_svc.jobs import planned_tokens
+from job_svc.torchrun_overrides import parse_overrides
+from svc_kit.errors import InvalidRequest
+from svc_kit.strict_json import validate
+from trainer_svc.engine.run_spec import RunSpec
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", []),
+        ("--nproc_per_node 2", ["--nproc_per_node=2"]),
+        ("--nproc-per-node=2 --max-restarts 0", ["--nproc_per_node=2", "--max_restarts=0"]),
+        ("  --nnodes  '1'  ", ["--nnodes=1"]),
+    ],
+)
+def test_allowed_overrides_are_read(text: str, options: list[str]) -> None:
+    assert parse_overrides(text) == options
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--nproc_per_node",
+        "--nproc_per_node 0",
+        "--nproc_per_node 65",
+        "--nproc_per_node -1",
+        "--nproc_per_node ٣",
+        "--nproc_per_node two",
+        "--nproc_per_node 2 --nproc_per_node 2",
+        "--nproc_per_node 2 extra",
+        "--nnodes 2",
+        "--nnodes 1:2",
+        "--rdzv_endpoint evil:1",
+        "--log-dir /etc",
+        "--no-python",
+        "-m os",
+        "script.py",
+        "; rm -rf /",
+        "'--nproc_per_node 2",
+        "--nproc_per_node $(id)",
+    ],
+)
+def test_other_overrides_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_overrides(text)
+    assert caught.value.details["field"] == "overrides"
+
+
+def test_a_mistyped_override_is_met_with_the_one_that_was_meant() -> None:
+    with pytest.raises(InvalidRequest, match=r"did you mean `--nproc_per_node`\?"):
+        parse_overrides("--nproc_per_nod 2")
+
+
+@pytest.mark.parametrize("kind", ["lora", "LoraFineTuneOptions", "full", "FullFineTuneOptions"])
+def test_every_request_is_a_run_that_the_engine_takes(kind: str) -> None:
+    sent = {
+        "model": "m",
+        "data": "dataset://x",
+        "fine_tuning_options": {
+            "custom_training_options": {"finetuning_type": kind},
+            "extras": {"warmup_steps": 3.0, "lr_scheduler": "cosine"},
+        },
+    }
+    for plan in (
+        validate(ConfigBody, sent).plan(sent),
+        validate(CsvJobBody, {"base_model": "m", "dataset_id": "ds-x", "task_type": "qa"}).plan(),
+    ):
+        run = {**plan.run, "base_model_id": "m", "base_model_dir": "/m"}
+        for service_only in ("base_model", "torchrun_arguments"):
+            del run[service_only]
+        RunSpec.model_validate({**run, "training_file": "/t", "output_dir": "/o"})
+
+
+def test_max_steps_lowers_the_estimate() -> None:
+    run = {"batch_size": 8, "gradient_accumulation_steps": 1, "epochs": 4}
+    whole = planned_tokens(run, size_bytes=8000, num_rows=80)
+    assert whole == 4 * estimate_tokens(8000, 80)
+    assert planned_tokens({**run, "max_steps": 10}, 8000, 80) == pytest.approx(whole / 4, abs=1)
+    assert planned_tokens({**run, "max_steps": 1000}, 8000, 80) == whole
+
+
+def test_a_price_is_exact_in_millionths() -> None:
+    assert Price(1000).of(1) == 1000
+    assert Price(0.5).of(3) == 2
+    assert Price(0).of(10**9) == 0
+
+
+def test_every_state_leads_to_an_end() -> None:
+    assert {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED} == ENDED
+    for status in LIVE:
+        assert JobStatus.CANCELLED in SUCCESSORS[status]

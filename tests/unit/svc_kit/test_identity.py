@@ -1,0 +1,107 @@
+"""Identity tokens: who may vouch for whom."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from svc_kit import identity
+from svc_kit.errors import Unauthenticated
+from svc_kit.identity import Issuer, Verifier, write_identity_keys
+
+
+@pytest.fixture
+def identity_dir(tmp_path: Path) -> Path:
+    write_identity_keys(tmp_path)
+    return tmp_path
+
+
+def claims(**changes: object) -> dict[str, object]:
+    now = int(time.time())
+    fine = {"iss": "account", "aud": "tunery", "sub": "acct-x", "iat": now, "exp": now + 60, "admin": True}
+    return {name: value for name, value in {**fine, **changes}.items() if value is not None}
+
+
+def test_a_token_names_its_account(identity_dir: Path) -> None:
+    token = Issuer.load("account", identity_dir).issue("acct-x", is_admin=True)
+    found = Verifier(identity_dir).verify(token)
+    assert (found.kind, found.subject, found.is_admin) == ("account", "acct-x", True)
+
+
+def test_keys_are_made_once_and_private(identity_dir: Path) -> None:
+    before = (identity_dir / "account.key").read_bytes()
+    write_identity_keys(identity_dir)
+    assert (identity_dir / "account.key").read_bytes() == before
+    assert (identity_dir / "account.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exp": int(time.time()) - 3600},
+        {"exp": None},
+        {"sub": None},
+        {"aud": "other"},
+        {"aud": None},
+        {"iss": "trainer"},
+        {"iss": None},
+    ],
+)
+def test_wrong_claims_are_refused(identity_dir: Path, changes: dict[str, object]) -> None:
+    key = Issuer.load("account", identity_dir)._private_key
+    token = jwt.encode(claims(**changes), key, algorithm="EdDSA", headers={"kid": "account"})
+    with pytest.raises(Unauthenticated):
+        Verifier(identity_dir).verify(token)
+
+
+def test_a_trainer_cannot_vouch_for_an_account(identity_dir: Path) -> None:
+    key = Issuer.load("trainer", identity_dir)._private_key
+    for kid in ("account", "trainer"):
+        token = jwt.encode(claims(), key, algorithm="EdDSA", headers={"kid": kid})
+        with pytest.raises(Unauthenticated):
+            Verifier(identity_dir).verify(token)
+
+
+def test_a_strangers_key_is_refused(identity_dir: Path) -> None:
+    token = jwt.encode(claims(), Ed25519PrivateKey.generate(), algorithm="EdDSA", headers={"kid": "account"})
+    with pytest.raises(Unauthenticated):
+        Verifier(identity_dir).verify(token)
+
+
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")
+def test_other_algorithms_are_refused(identity_dir: Path) -> None:
+    public = (identity_dir / "account.pub").read_bytes()
+    unsigned = jwt.encode(claims(), None, algorithm="none", headers={"kid": "account"})
+    header, body, _ = unsigned.split(".")
+    keyed = jwt.encode(claims(), "public-key-as-secret" * 3, algorithm="HS256", headers={"kid": "account"})
+    assert public
+    for token in (unsigned, f"{header}.{body}.", keyed, "", "a.b.c", "x" * 5000):
+        with pytest.raises(Unauthenticated):
+            Verifier(identity_dir).verify(token)
+
+
+@pytest.mark.parametrize("kid", [None, "", "../account", ["account"], 7])
+def test_unknown_issuers_are_refused(identity_dir: Path, kid: object) -> None:
+    key = Issuer.load("account", identity_dir)._private_key
+    headers = {} if kid is None else {"kid": kid}
+    try:
+        token = jwt.encode(claims(), key, algorithm="EdDSA", headers=headers)
+    except (jwt.InvalidTokenError, TypeError):
+        return  # the library itself makes no such token
+    with pytest.raises(Unauthenticated):
+        Verifier(identity_dir).verify(token)
+
+
+def test_a_token_of_its_own_is_made_anew_in_time(identity_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    issuer = Issuer.load("job_svc", identity_dir)
+    first = issuer.own_token()
+    assert issuer.own_token() == first
+    later = time.monotonic() + identity.TOKEN_SECONDS
+    wall = time.time() + identity.TOKEN_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    monkeypatch.setattr(time, "time", lambda: wall)
+    assert issuer.own_token() != first
