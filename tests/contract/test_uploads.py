@@ -24,6 +24,12 @@ FIELDS = {"id", "name", "size_bytes", "row_count", "columns", "created_at"}
 
 
 @pytest.fixture
+def stored_datasets(stored_keys: Callable[[str], list[str]]) -> Callable[[], list[str]]:
+    """Lists the keys of datasets; those of jobs come and go meanwhile."""
+    return lambda: [key for key in stored_keys("accounts/") if "/datasets/" in key]
+
+
+@pytest.fixture
 def nothing_stored(account: Account) -> Iterator[None]:
     """Checks that the test stores nothing."""
     before = ok(account.http.get(DATASETS))
@@ -291,14 +297,14 @@ def test_empty_file_is_refused(account: Account) -> None:
 @pytest.mark.usefixtures("nothing_stored")
 @pytest.mark.parametrize("announced", [True, False], ids=["content-length", "chunked"])
 def test_aborted_upload_stores_nothing(
-    account: Account, announced: bool, stored_keys: Callable[[str], list[str]], stack: RunningStack
+    account: Account, announced: bool, stored_datasets: Callable[[], list[str]], stack: RunningStack
 ) -> None:
     def uploads_under_way() -> int:
         with contextlib.closing(sqlite3.connect(stack.data_dir / "db" / "dataset_svc.sqlite")) as database:
             query = "SELECT count(*) FROM datasets WHERE status = 'uploading'"
             return int(database.execute(query).fetchone()[0])
 
-    before = stored_keys("")
+    before = stored_datasets()
     host, _, port = account.url.removeprefix("http://").partition(":")
     # Over one part of the store's multipart upload, so that bytes have been sent there.
     body = multipart((FILE[0], b"text\n" + b"Some text.\n" * 2_000_000), NAME)[:-10]
@@ -311,19 +317,15 @@ def test_aborted_upload_stores_nothing(
         connection.sendall(head.encode() + (body if announced else b"%x\r\n%s\r\n" % (len(body), body)))
         eventually(lambda: uploads_under_way() == 1, 15, "the upload to be noted")
     eventually(lambda: uploads_under_way() == 0, 15, "the aborted upload to be forgotten")
-    assert stored_keys("") == before
+    assert stored_datasets() == before
 
 
 @pytest.mark.usefixtures("nothing_stored")
-def test_refused_files_leave_no_object(account: Account, stored_keys: Callable[[str], list[str]]) -> None:
-    # Jobs of other tests may be training meanwhile: only datasets count.
-    def datasets() -> list[str]:
-        return [key for key in stored_keys("") if "/datasets/" in key]
-
-    before = datasets()
+def test_refused_files_leave_no_object(account: Account, stored_datasets: Callable[[], list[str]]) -> None:
+    before = stored_datasets()
     # Over one part of the store's multipart upload, so that bytes have been sent there.
     refused(account.upload(b"a,b\n" + b"1,2\n" * 5_000_000 + b"3\n"), 400, "malformed_file", "ine 5000002")
-    assert datasets() == before
+    assert stored_datasets() == before
 
 
 def test_deleted_dataset_leaves_no_object(account: Account, stored_keys: Callable[[str], list[str]]) -> None:
