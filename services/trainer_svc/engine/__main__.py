@@ -17,8 +17,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from svc_kit.parent_death import die_with_parent
-from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault
+from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory
 from trainer_svc.engine.events import EVENTS_FILE, EventLog
+from trainer_svc.engine.gradients import is_out_of_memory
 from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
 from trainer_svc.engine.run_spec import RunSpec, read_run_spec
 from trainer_svc.engine.train import train
@@ -62,11 +63,14 @@ def run(spec: RunSpec, group: ProcessGroup) -> int:
         train(spec, group, events)
     except JobFault as error:
         return _fail(events, group, str(error), "job")
-    except torch.OutOfMemoryError:
-        return _fail(
-            events, group, "the GPU's memory is full; lower batch_size or max_sequence_length", "job"
-        )
+    except OutOfMemory as error:
+        return _fail(events, group, str(error), "memory", tokens_per_pass=error.tokens_per_pass)
     except Exception as error:
+        if is_out_of_memory(error):
+            message = (
+                "the memory is too small for the model and its training state; train a smaller base model"
+            )
+            return _fail(events, group, message, "job")
         traceback.print_exc()
         return _fail(events, group, f"{type(error).__name__}: {error}", "platform")
     finally:
@@ -74,8 +78,8 @@ def run(spec: RunSpec, group: ProcessGroup) -> int:
     return 0
 
 
-def _fail(events: EventLog, group: ProcessGroup, message: str, fault: Fault) -> int:
-    events.write("failed", message, fault=fault)
+def _fail(events: EventLog, group: ProcessGroup, message: str, fault: Fault, **facts: int) -> int:
+    events.write("failed", message, fault=fault, **facts)
     if not group.is_first:
         # torchrun kills all processes once one has ended, and the first may still be writing its event.
         time.sleep(_FIRST_RANK_REPORTS_SECONDS)

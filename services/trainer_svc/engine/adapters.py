@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer_svc.engine.errors import JobFault
-from trainer_svc.engine.run_spec import LoraMethod
+from trainer_svc.engine.run_spec import Extras, LoraMethod
 
 # torchtune's name for the attention's last matrix, which transformers calls by others.
 _ALIASES = {"output_proj": ("o_proj", "out_proj", "c_proj", "dense")}
@@ -17,7 +17,7 @@ _MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 _MLP_ALIASES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def add_adapters(model: PreTrainedModel, method: LoraMethod, base_model_id: str) -> PeftModel:
+def add_adapters(model: PreTrainedModel, method: LoraMethod, extras: Extras, base_model_id: str) -> PeftModel:
     """Freezes the model and puts adapters beside the matrices that the method names.
 
     Adapters are float32 whatever the model's weights are. Their update starts at zero; the first weights
@@ -26,6 +26,7 @@ def add_adapters(model: PreTrainedModel, method: LoraMethod, base_model_id: str)
     Args:
         model: changed in place.
         method: which matrices, at which rank.
+        extras: the adapters' dropout and variant.
         base_model_id: what the adapter's config calls the base model.
 
     Raises:
@@ -36,7 +37,9 @@ def add_adapters(model: PreTrainedModel, method: LoraMethod, base_model_id: str)
         base_model_name_or_path=base_model_id,
         r=method.rank,
         lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
+        lora_dropout=extras.lora_dropout,
+        use_rslora=extras.lora_variant == "rslora",
+        use_dora=extras.lora_variant == "dora",
         target_modules=target_modules(model, method),
     )
     # peft writes this name into the adapter's config, and else the folder that the model was loaded from.

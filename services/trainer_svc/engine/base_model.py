@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from trainer_svc.engine.bitsandbytes import bitsandbytes_for
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, packed_attention
+from trainer_svc.engine.run_spec import Extras
 
 # A tokenizer that knows no limit says so with an absurdly large one.
 _NO_LIMIT_TOKENS = 10**9
+
+# transformers' own, for rows one by one.
+_ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "eager": "eager"}
 
 
 @dataclass(frozen=True)
@@ -58,22 +65,29 @@ def compute_dtype(choice: Literal["auto", "bfloat16", "float32"], device: torch.
     return torch.bfloat16 if choice == "bfloat16" else torch.float32
 
 
-def load_base_model(folder: Path, weights_dtype: torch.dtype, device: torch.device) -> BaseModel:
+def load_base_model(
+    folder: Path,
+    weights_dtype: torch.dtype,
+    device: torch.device,
+    extras: Extras = Extras(),  # noqa: B008 # frozen
+) -> BaseModel:
     """Loads a transformers folder. Never runs code from the folder, never opens a pickle.
 
     Args:
         folder: a folder of safetensors, config and tokenizer.
         weights_dtype: number format that the weights are held in.
         device: where the weights go.
+        extras: attention, packing and quantization.
 
     Raises:
-        JobFault: the folder is missing something or its architecture is unknown.
+        JobFault: the folder is missing something, its architecture is unknown or can't do what `extras` ask
+            for, or the machine can't quantize.
     """
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **safe)
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-        packs_rows = _packs_rows(config)
+        packs_rows = _packs_rows(config, extras)
         if packs_rows:
             AttentionInterface.register(PACKED_ATTENTION, packed_attention)
         model = AutoModelForCausalLM.from_pretrained(
@@ -81,17 +95,19 @@ def load_base_model(folder: Path, weights_dtype: torch.dtype, device: torch.devi
             config=config,
             dtype=weights_dtype,
             use_safetensors=True,
-            attn_implementation=PACKED_ATTENTION if packs_rows else "sdpa",
+            attn_implementation=PACKED_ATTENTION if packs_rows else _ATTENTION[extras.attention],
+            quantization_config=_quantization(extras),
             **safe,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise JobFault(f"the base model in {folder} can't be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise JobFault(
             f"the base model in {folder} has no end-of-text token, so no answer's end can be trained"
         )
-    # Not model.to(device): transformers' decorator hides its type.
-    torch.nn.Module.to(model, device)
+    if extras.quantize_base == "none":  # quantized weights are on the GPU already
+        # Not model.to(device): transformers' decorator hides its type.
+        torch.nn.Module.to(model, device)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -101,9 +117,27 @@ def load_base_model(folder: Path, weights_dtype: torch.dtype, device: torch.devi
     )
 
 
-def _packs_rows(config: PretrainedConfig) -> bool:
+def _packs_rows(config: PretrainedConfig, extras: Extras) -> bool:
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
-    return config.model_type in PACKABLE_MODEL_TYPES and set(layer_types) == {"full_attention"}
+    packable = config.model_type in PACKABLE_MODEL_TYPES and set(layer_types) == {"full_attention"}
+    if extras.packing and not packable:
+        raise JobFault(
+            f"a model of the type {config.model_type} can't take packed rows; those that can are "
+            f"{', '.join(sorted(PACKABLE_MODEL_TYPES))}, with full attention: leave packing out"
+        )
+    return packable and extras.packing is not False and extras.attention == "auto"
+
+
+def _quantization(extras: Extras) -> Any:
+    if extras.quantize_base == "none":
+        return None
+    bitsandbytes_for("quantize_base nf4")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

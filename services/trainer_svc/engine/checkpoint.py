@@ -2,7 +2,7 @@
 
 A checkpoint's folder is what peft or transformers load (weights, config, tokenizer), plus `training_state/`
 with the optimizer's tensors and a JSON file. There is no random state in it: every random number of the
-engine comes from a seed derived from the run's seed and the step.
+engine comes from a seed derived from the run's seed and the step, and the order of rows from seed and epoch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -56,6 +59,29 @@ class RunIdentity(BaseModel):
     num_rows: int
 
 
+class CheckpointMark(BaseModel):
+    """A checkpoint of a run that is kept.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: the epoch of the last step, from 1.
+        ends_epoch: whether the epoch (or the run) ends with it.
+        validation_loss: measured at this step; None without.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    epoch: int
+    ends_epoch: bool
+    validation_loss: float | None
+
+    @property
+    def path(self) -> Path:
+        """Its folder, below the run's."""
+        return Path(CHECKPOINTS_DIR) / (f"epoch-{self.epoch}" if self.ends_epoch else f"step-{self.step}")
+
+
 class TrainingState(BaseModel):
     """How far a run is.
 
@@ -65,50 +91,136 @@ class TrainingState(BaseModel):
         epoch: the epoch of the last step, from 1.
         tokens_trained: input tokens so far.
         training_loss: of the last step; None before the first.
-        validation_loss: at the last epoch's end; None without validation.
+        validation_loss: as last measured; None without validation.
+        best_validation_loss: the lowest so far, as early stopping counts gains.
+        measurements_without_gain: of the validation loss, since its last gain.
+        learning_rate_factor: 0.5 once the run went back because it diverged, before that 1.
+        checkpoints: those that are kept, this one included, by step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: RunIdentity
-    step: int
-    epoch: int
-    tokens_trained: int
-    training_loss: float | None
-    validation_loss: float | None
+    step: int = 0
+    epoch: int = 0
+    tokens_trained: int = 0
+    training_loss: float | None = None
+    validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    measurements_without_gain: int = 0
+    learning_rate_factor: float = 1.0
+    checkpoints: tuple[CheckpointMark, ...] = ()
+
+
+def split_kept(
+    marks: tuple[CheckpointMark, ...], keep: int | None
+) -> tuple[tuple[CheckpointMark, ...], tuple[CheckpointMark, ...]]:
+    """Returns the checkpoints to keep and those to remove.
+
+    Args:
+        marks: by step.
+        keep: so many of the newest stay, and the best by validation loss; None keeps each epoch's, and of
+            those in between the newest.
+    """
+    if keep is None:
+        kept = {mark.step for mark in marks if mark.ends_epoch} | {mark.step for mark in marks[-1:]}
+    else:
+        kept = {mark.step for mark in marks[-keep:]}
+        measured = [mark for mark in marks if mark.validation_loss is not None]
+        if measured:
+            kept.add(min(measured, key=lambda mark: mark.validation_loss or 0.0).step)
+    return (
+        tuple(mark for mark in marks if mark.step in kept),
+        tuple(mark for mark in marks if mark.step not in kept),
+    )
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Makes a folder appear complete or not at all: filled under another name beside it, then renamed.
 
     Args:
-        folder: must not exist yet.
+        folder: one of this name is replaced.
         fill: writes the files into the folder that it is given.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that went back to before it
     os.rename(partial, folder)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies, on the CPU, of all that training changes; training can go on while they are written.
+
+    Attributes:
+        weights: the adapter's, or all of the model's; by the names of the model's state.
+        optimizer: its tensors by `SLOT/PARAMETER`.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def take_snapshot(
+    model: PreTrainedModel | PeftModel, optimizer: torch.optim.Optimizer | None, *, keep: bool
+) -> Snapshot:
+    """Copies the state. Every process must call it: sharded tensors are put together on the way.
+
+    Args:
+        model: trained by the engine.
+        optimizer: its state is copied too; None leaves it out.
+        keep: whether this process wants the copies; the others return empty ones.
+    """
+    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Tied weights are one tensor with two names, and are written once.
+    tied = set(model.all_tied_weights_keys)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if (name in learnt) if isinstance(model, PeftModel) else (name not in tied):
+            copy = _whole_copy(tensor, keep=keep)
+            if keep:
+                weights[name] = copy
+    state: dict[str, Tensor] = {}
+    if optimizer is not None:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, slots in optimizer.state.items():
+            for slot, tensor in slots.items():
+                copy = _whole_copy(tensor, keep=keep)
+                if keep:
+                    state[f"{slot}/{names[parameter]}"] = copy
+    return Snapshot(weights, state)
+
+
+def _whole_copy(tensor: Tensor, *, keep: bool) -> Tensor:
+    whole = tensor.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    return whole.to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else whole
+
+
 def save_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
 ) -> None:
     """Writes what `from_pretrained` loads: an adapter if the model has one, else all weights.
 
     Args:
-        model: trained by the engine.
+        model: trained by the engine; only its configuration is read.
         tokenizer: the base model's.
+        weights: of a snapshot.
         folder: must exist.
         dtype: number format of full weights; adapters are always written in float32.
     """
     if isinstance(model, PeftModel):
         # Without save_embedding_layers=False peft asks the hub about the base model's vocabulary.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     else:
-        weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
         # save_pretrained writes down the format that the model trains in, not that of the weights given.
         config_path = folder / "config.json"
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -120,19 +232,43 @@ def save_model(
         file.chmod(0o644)
 
 
-def save_training_state(
-    folder: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def save_training_state(folder: Path, state: TrainingState, optimizer: dict[str, Tensor]) -> None:
     """Writes `training_state/` into a checkpoint's folder."""
     state_dir = folder / STATE_DIR
     state_dir.mkdir()
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    for parameter, slots in optimizer.state.items():
-        for slot, tensor in slots.items():
-            tensors[f"{slot}/{names[parameter]}"] = tensor.detach().contiguous().cpu()
-    save_file(tensors, state_dir / _OPTIMIZER_FILE)
+    save_file(optimizer, state_dir / _OPTIMIZER_FILE)
     (state_dir / _STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time and in order."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Has `write` called. Waits while the one before is still written: two would hold two copies.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Returns once all is written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def close(self) -> None:
+        """Waits for what is being written, and ends the thread."""
+        self._thread.shutdown()
 
 
 def read_training_state(folder: Path, identity: RunIdentity) -> TrainingState:
@@ -174,16 +310,30 @@ def load_checkpoint(
         if isinstance(model, PeftModel):
             set_peft_model_state_dict(model, weights)
         else:
-            # Tied weights are written once.
-            missing, unexpected = model.load_state_dict(weights, strict=False)
-            tied = set(model.all_tied_weights_keys)
-            if set(missing) - tied or unexpected:
-                raise CheckpointError(f"{folder} doesn't fit the model: {missing or unexpected}")
+            _load_weights(model, weights, folder)
         saved = load_file(folder / STATE_DIR / _OPTIMIZER_FILE)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     parameters = dict(model.named_parameters())
     for key, tensor in saved.items():
         slot, _, name = key.partition("/")
-        parameter = parameters[name]
-        optimizer.state[parameter][slot] = tensor.to(parameter.device)
+        optimizer.state[parameters[name]][slot] = _placed_like(parameters[name], tensor)
+
+
+def _load_weights(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+    own = model.state_dict()
+    tied = set(model.all_tied_weights_keys)  # written once, under the other name
+    if differing := (own.keys() - tied) ^ (weights.keys() - tied):
+        raise CheckpointError(f"{folder} doesn't fit the model: {', '.join(sorted(differing)[:5])}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(_placed_like(own[name], tensor))
+
+
+def _placed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor as this process holds the parameter: on its device, and sharded where that is."""
+    if isinstance(parameter, DTensor) and tensor.ndim > 0:
+        return distribute_tensor(
+            tensor.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements
+        )
+    return tensor.to(parameter.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Fault = Literal["job", "platform"]
+Fault = Literal["job", "platform", "memory"]
 
 # The engine's exit code for a job's fault; every other failure exits with 1.
 JOB_FAULT_EXIT_CODE = 3
@@ -16,3 +16,19 @@ class JobFault(ValueError):
     The message is for the user: what was wrong, where, what was expected, what to do. Running the same
     job again ends the same way. Every other exception is the platform's fault.
     """
+
+
+class OutOfMemory(RuntimeError):
+    """The memory is full, and only a new start with smaller passes helps.
+
+    Attributes:
+        tokens_per_pass: what to start with.
+    """
+
+    def __init__(self, tokens_per_pass: int) -> None:
+        super().__init__(f"out of memory; to be gone on with in passes of at most {tokens_per_pass:,} tokens")
+        self.tokens_per_pass = tokens_per_pass
+
+
+class Diverged(ArithmeticError):
+    """The loss or its gradient was infinite or not a number in too many steps in a row."""

@@ -1,11 +1,12 @@
 """What a run tells the outside: one JSON object a line in `events.jsonl`, each with a line for people.
 
-Kinds: `log`, `step`, `validation`, `checkpoint`, `finished`, `failed`.
+Kinds: `log`, `step`, `validation`, `checkpoint`, `checkpoint_removed`, `artifact`, `finished`, `failed`.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any, Literal
 
 EVENTS_FILE = "events.jsonl"
 
-Kind = Literal["log", "step", "validation", "checkpoint", "finished", "failed"]
+Kind = Literal[
+    "log", "step", "validation", "checkpoint", "checkpoint_removed", "artifact", "finished", "failed"
+]
 
 # Called with each event after it is written.
 Subscriber = Callable[[dict[str, Any]], None]
 
 
 class EventLog:
-    """The one writer of a run's events. Ranks above 0 hold one that is silent."""
+    """The one writer of a run's events, for any thread. Ranks above 0 hold one that is silent."""
 
     def __init__(self, output_dir: Path, *, silent: bool = False) -> None:
         """Opens the file for appending.
@@ -29,7 +32,7 @@ class EventLog:
             output_dir: the run's folder; must exist.
             silent: write nothing and tell no subscriber.
         """
-        self._silent = silent
+        self._lock = threading.Lock()
         self._subscribers: list[Subscriber] = []
         self._file = None if silent else (output_dir / EVENTS_FILE).open("a", encoding="utf-8", buffering=1)
 
@@ -53,10 +56,12 @@ class EventLog:
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         event = {"time": now, "kind": kind, "message": message, **facts}
         # NaN is no JSON: a reader in another language would choke on it.
-        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        for subscriber in self._subscribers:
-            subscriber(event)
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            for subscriber in self._subscribers:
+                subscriber(event)
 
     def close(self) -> None:
         if self._file is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import torch
@@ -28,10 +28,12 @@ class Example:
         input_ids: int64, shape [S].
         is_target: bool, shape [S]; True where the model is trained to predict this token from those
             before it. Never True at position 0, which nothing comes before.
+        line_number: the row's line in its file, from 1.
     """
 
     input_ids: Tensor
     is_target: Tensor
+    line_number: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -49,11 +51,13 @@ class ExampleSet:
     Attributes:
         examples: those with at least one target token, in the file's order.
         num_truncated: rows cut to the longest length, skipped ones included.
+        num_split: rows split into several of at most the longest length.
         num_skipped: rows left out since no target token was in them.
     """
 
     examples: tuple[Example, ...]
     num_truncated: int
+    num_split: int
     num_skipped: int
 
     @property
@@ -66,7 +70,10 @@ class ExampleSet:
 
 
 def load_examples(
-    path: Path, tokenizer: PreTrainedTokenizerBase, max_sequence_length: int, *, refuse_long_rows: bool
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_sequence_length: int,
+    long_rows: Literal["truncate", "refuse", "split"],
 ) -> ExampleSet:
     """Reads and tokenises a file of rows.
 
@@ -74,42 +81,53 @@ def load_examples(
         path: JSONL, see `rows.py`.
         tokenizer: the base model's.
         max_sequence_length: longest row in tokens.
-        refuse_long_rows: raise for a longer row instead of cutting it at the end.
+        long_rows: what happens to a longer row: cut at the end, an error, or split into several.
 
     Raises:
         JobFault: a row is malformed, too long while those are refused, or beyond the chat template; or no
             row has a target token.
     """
-    examples = []
-    num_truncated = num_skipped = 0
+    examples: list[Example] = []
+    num_truncated = num_split = num_skipped = 0
     for line_number, row in read_rows(path):
         try:
-            example = tokenize_row(row, tokenizer)
+            example = tokenize_row(row, tokenizer, line_number)
         except JobFault as error:
             raise JobFault(f"{path.name}, line {line_number}: {error}") from error
+        parts = [example]
         if example.num_tokens > max_sequence_length:
-            if refuse_long_rows:
-                raise JobFault(
-                    f"{path.name}, line {line_number}: {example.num_tokens} tokens, but at most "
-                    f"{max_sequence_length} are allowed; shorten it or set long_rows to truncate"
-                )
-            num_truncated += 1
-            example = Example(
-                example.input_ids[:max_sequence_length], example.is_target[:max_sequence_length]
-            )
-        if example.num_targets == 0:
-            num_skipped += 1
-            continue
-        examples.append(example)
+            match long_rows:
+                case "refuse":
+                    raise JobFault(
+                        f"{path.name}, line {line_number}: {example.num_tokens} tokens, but at most "
+                        f"{max_sequence_length} are allowed; shorten it or set long_rows to truncate or split"
+                    )
+                case "truncate":
+                    num_truncated += 1
+                    parts = [part_of(example, 0, max_sequence_length)]
+                case "split":
+                    num_split += 1
+                    starts = range(0, example.num_tokens, max_sequence_length)
+                    parts = [part_of(example, start, start + max_sequence_length) for start in starts]
+        learnt = [part for part in parts if part.num_targets]
+        num_skipped += not learnt
+        examples += learnt
     if not examples:
         raise JobFault(
             f"{path.name}: no row has anything to learn: {num_skipped} rows, {num_truncated} of them cut to "
             f"{max_sequence_length} tokens; check keep_loss and max_sequence_length"
         )
-    return ExampleSet(tuple(examples), num_truncated, num_skipped)
+    return ExampleSet(tuple(examples), num_truncated, num_split, num_skipped)
 
 
-def tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
+def part_of(example: Example, start: int, end: int) -> Example:
+    """The tokens of an example from `start` to before `end`. Nothing predicts the first of them."""
+    return _example(
+        example.input_ids[start:end].clone(), example.is_target[start:end].clone(), example.line_number
+    )
+
+
+def tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase, line_number: int = 0) -> Example:
     """One row as tokens and targets.
 
     A dialog is written with the model's chat template. Its targets are the content of each kept message
@@ -122,12 +140,12 @@ def tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
     match row:
         case TextRow():
             ids = [*tokenizer(row.text).input_ids, tokenizer.eos_token_id]
-            return _example(ids, [True] * len(ids))
+            return _example(torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool), line_number)
         case DialogRow():
-            return _tokenize_dialog(row, tokenizer)
+            return _tokenize_dialog(row, tokenizer, line_number)
 
 
-def _tokenize_dialog(row: DialogRow, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _tokenize_dialog(row: DialogRow, tokenizer: PreTrainedTokenizerBase, line_number: int) -> Example:
     if tokenizer.chat_template is None:
         raise JobFault(
             "the base model has no chat template, so it can't read dialogs; "
@@ -149,7 +167,7 @@ def _tokenize_dialog(row: DialogRow, tokenizer: PreTrainedTokenizerBase) -> Exam
             any(start < span_end and end > span_start for span_start, span_end in spans)
             for start, end in _extents(encoded.offset_mapping, piece_start)
         ]
-    return _example(ids, is_target)
+    return _example(torch.tensor(ids), torch.tensor(is_target, dtype=torch.bool), line_number)
 
 
 def _pieces(
@@ -227,7 +245,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, dialog: tuple[Message, ...]) -> 
     return text
 
 
-def _example(ids: list[int], is_target: list[bool]) -> Example:
-    target = torch.tensor(is_target, dtype=torch.bool)
-    target[:1] = False
-    return Example(torch.tensor(ids, dtype=torch.int64), target)
+def _example(input_ids: Tensor, is_target: Tensor, line_number: int) -> Example:
+    is_target[:1] = False
+    return Example(input_ids, is_target, line_number)

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from trainer_svc.engine.bitsandbytes import bitsandbytes_for
 from trainer_svc.engine.run_spec import RunSpec
 
 
-def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], spec: RunSpec) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], spec: RunSpec) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the trainable parameters.
 
     Matrices decay; vectors (norms, biases) don't, as is usual: they are few and set scales.
+
+    Raises:
+        JobFault: `adamw_8bit` was asked for where bitsandbytes or a GPU is missing.
     """
-    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.extras.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=spec.learning_rate,
-        betas=(spec.extras.adam_beta1, spec.extras.adam_beta2),
-        eps=spec.extras.adam_epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {
+        "lr": spec.learning_rate,
+        "betas": (spec.extras.adam_beta1, spec.extras.adam_beta2),
+        "eps": spec.extras.adam_epsilon,
+    }
+    if spec.extras.optimizer == "adamw_8bit":
+        return bitsandbytes_for("optimizer adamw_8bit").optim.AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def learning_rate_at(

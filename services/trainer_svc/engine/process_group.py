@@ -41,10 +41,19 @@ class ProcessGroup:
         dist.all_reduce(total)
         return float(total)
 
+    def largest(self, value: int) -> int:
+        """The largest of every process's values. Every process must call it."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces each gradient by the sum of every process's. Every process must call it.
 
-        A process without rows in a step has no gradients; they count as zero.
+        A process without rows in a step has no gradients; they count as zero. Sharded parameters have their
+        sums already (see `sharding.py`).
         """
         if self.world_size == 1:
             return

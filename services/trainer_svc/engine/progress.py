@@ -31,5 +31,10 @@ class Progress:
         return steps_left * self._seconds / len(self._steps)
 
     @property
+    def last_step_seconds(self) -> float:
+        """At least one step must have ended."""
+        return max(self._steps[-1][1], 1e-9)
+
+    @property
     def _seconds(self) -> float:
         return max(sum(seconds for _, seconds in self._steps), 1e-9)

@@ -26,8 +26,7 @@ class LoraMethod(_Spec):
 
     Attributes:
         rank: rank of the update of each adapted matrix.
-        alpha: the update is scaled by alpha / rank.
-        dropout: probability of dropping an adapter's input, 0 to below 1.
+        alpha: the update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)).
         attn_modules: attention matrices to adapt, by torchtune's names (`output_proj`) or transformers'
             (`o_proj`).
         apply_to_mlp: also adapt the three matrices of each feed-forward block.
@@ -37,7 +36,6 @@ class LoraMethod(_Spec):
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1, le=1024)
     alpha: int = Field(default=16, ge=1, le=65536)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     attn_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "output_proj")
     apply_to_mlp: bool = False
     apply_to_output: bool = False
@@ -57,7 +55,8 @@ class FullMethod(_Spec):
             keeping them: less memory, about a third more time.
         memory_efficient_fsdp_wrap: shard the embedding and the output head apart from the layers, so that
             fewer weights are whole at once. Several processes only.
-        fsdp_cpu_offload: keep the shards in the host's memory. Several processes with GPUs only.
+        fsdp_cpu_offload: keep the shards, their gradients and the optimizer's state in the host's memory.
+            Several processes with GPUs only.
     """
 
     kind: Literal["full"] = "full"
@@ -73,6 +72,7 @@ class Extras(_Spec):
     """Settings beyond the usual ones; the keys that a client may send as `extras`.
 
     Attributes:
+        optimizer: `adamw` (fused), or `adamw_8bit`, which keeps its state in 8 bits (bitsandbytes, GPU only).
         weight_decay: AdamW's decoupled decay.
         adam_beta1: decay of the mean of gradients.
         adam_beta2: decay of the mean of squared gradients.
@@ -83,9 +83,32 @@ class Extras(_Spec):
         max_grad_norm: gradients with a larger norm are scaled down to it.
         dtype: of the matrix products; `auto` is bfloat16 where the machine has it natively, else float32.
         max_sequence_length: longest row in tokens; None is the model's context.
-        long_rows: what happens to longer rows: cut at the end (counted in the log), or the run refused.
+        long_rows: what happens to longer rows: cut at the end (counted in the log), the run refused, or split
+            into rows of at most that length, none of which sees the one before.
+        packing: several rows in one pass, without padding and without seeing each other; None is on where the
+            model can. False runs row by row. The numbers are the same.
+        compile: have torch.compile translate the model: a minute or two at the start, faster steps on a GPU.
+        attention: `auto` is the engine's own for packed rows; `sdpa` and `eager` are transformers', row by
+            row.
+        eval_every_steps: measure the validation loss after every so many steps too; None is each epoch's end.
+        checkpoint_every_steps: write a checkpoint after every so many steps too; None is each epoch's end.
+        keep_checkpoints: keep so many of the newest checkpoints, and the best one by validation loss; the
+            rest are removed. None keeps each epoch's, and of those in between the newest.
+        early_stopping_patience: end training once so many measurements of the validation loss had no gain;
+            None trains to the end.
+        early_stopping_min_gain: the least fall of the validation loss that counts as a gain, in nats.
+        max_non_finite_steps: so many steps in a row with an infinite loss or gradient send the run back to
+            its last checkpoint with half the learning rate, once; the next time they end it.
+        report_every_steps: every so many steps, a step's event also has memory, padding and the share of the
+            device's matrix peak.
+        lora_dropout: probability of dropping an adapter's input, 0 to below 1.
+        lora_variant: `rslora` scales updates by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732),
+            `dora` learns their magnitude apart (Liu et al. 2024, arXiv:2402.09353).
+        quantize_base: `nf4` holds the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314; bitsandbytes, GPU only).
     """
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -95,7 +118,58 @@ class Extras(_Spec):
     max_grad_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_sequence_length: int | None = Field(default=None, ge=2)
-    long_rows: Literal["truncate", "refuse"] = "truncate"
+    long_rows: Literal["truncate", "refuse", "split"] = "truncate"
+    packing: bool | None = None
+    compile: bool = False
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    eval_every_steps: int | None = Field(default=None, ge=1)
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int | None = Field(default=None, ge=1)
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    early_stopping_min_gain: float = Field(default=0.0, ge=0)
+    max_non_finite_steps: int = Field(default=5, ge=1)
+    report_every_steps: int = Field(default=10, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_variant: Literal["lora", "rslora", "dora"] = "lora"
+    quantize_base: Literal["none", "nf4"] = "none"
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Extras:
+        if self.packing and self.attention != "auto":
+            raise ValueError(f"packing needs attention auto, not {self.attention}: leave one of them out")
+        if self.early_stopping_min_gain and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_min_gain needs early_stopping_patience")
+        return self
+
+
+_LORA_EXTRAS = ("lora_dropout", "lora_variant", "quantize_base")
+_VALIDATION_EXTRAS = ("eval_every_steps", "early_stopping_patience")
+
+
+def check_together(method: LoraMethod | FullMethod, extras: Extras, *, validates: bool) -> None:
+    """Refuses settings that would have no effect.
+
+    Args:
+        method: LoRA or full.
+        extras: the settings.
+        validates: whether the run has validation rows.
+
+    Raises:
+        ValueError: a setting only makes sense with another method, or with validation rows.
+    """
+    changed = {name for name in extras.model_fields_set if getattr(extras, name) != _default(name)}
+    if isinstance(method, FullMethod):
+        for name in _LORA_EXTRAS:
+            if name in changed:
+                raise ValueError(f"{name} goes with LoRA only, and this run trains all weights")
+    if not validates:
+        for name in _VALIDATION_EXTRAS:
+            if name in changed:
+                raise ValueError(f"{name} needs validation rows, and this run has none")
+
+
+def _default(extra: str) -> object:
+    return Extras.model_fields[extra].default
 
 
 class RunSpec(_Spec):
@@ -119,6 +193,12 @@ class RunSpec(_Spec):
         shuffle: a new order of the rows in each epoch; False keeps the file's.
         extras: settings beyond the usual ones.
         resume_from: folder of a checkpoint of an earlier run of the same specification; None starts anew.
+        tokens_per_pass: most tokens that go through the model at once, a longer row aside; None is what suits
+            the device. Fewer need less memory, and give the same results.
+        leaves_removed_checkpoints: leave the folder of a checkpoint that is not kept any more to whoever
+            reads the events.
+        readback_dir: where the artifact will appear as it was read back from where it is kept, to be held
+            against the trained model; None takes the artifact as it was written.
         train_log_file: name of a plain log file to write among the artifact's files; None writes none.
         wandb_project: Weights & Biases project to log to; None doesn't.
     """
@@ -139,6 +219,9 @@ class RunSpec(_Spec):
     shuffle: bool = True
     extras: Extras = Field(default_factory=Extras)
     resume_from: Path | None = None
+    tokens_per_pass: int | None = Field(default=None, ge=1)
+    leaves_removed_checkpoints: bool = False
+    readback_dir: Path | None = None
     train_log_file: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
     wandb_project: str | None = Field(default=None, min_length=1, max_length=128)
 
@@ -148,6 +231,11 @@ class RunSpec(_Spec):
         if name is not None and name.lower().endswith(_ARTIFACT_FILE_ENDINGS):
             raise ValueError(f"a log file can't end in any of {', '.join(_ARTIFACT_FILE_ENDINGS)}: {name!r}")
         return name
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> RunSpec:
+        check_together(self.method, self.extras, validates=self.validation_file is not None)
+        return self
 
 
 def read_run_spec(path: Path) -> RunSpec:

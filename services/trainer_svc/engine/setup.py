@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer_svc.engine.adapters import add_adapters, target_modules
@@ -20,6 +21,7 @@ from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed
 from trainer_svc.engine.rows import file_sha256
 from trainer_svc.engine.run_spec import FullMethod, LoraMethod, RunSpec
+from trainer_svc.engine.sharding import decoder_layers, shard
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Workload:
     """All that the loop works on; the model and the optimizer change as it goes."""
 
     model: PreTrainedModel | PeftModel
+    base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     trainable: tuple[nn.Parameter, ...]
@@ -61,10 +64,19 @@ class Workload:
     dtype: torch.dtype
     stored_dtype: torch.dtype
     packs_rows: bool
+    is_sharded: bool
 
 
-def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
+def prepare(
+    spec: RunSpec, group: ProcessGroup, events: EventLog, *, learning_rate_factor: float | None = None
+) -> Workload:
     """Loads and builds everything, and logs what it found.
+
+    Args:
+        spec: the run's.
+        group: the run's processes.
+        events: gets the facts.
+        learning_rate_factor: None takes the checkpoint's.
 
     Raises:
         JobFault: the data, the base model or the method can't be trained with.
@@ -74,21 +86,28 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     # Frozen weights can be held in the format of the products; weights that learn need float32, since most
     # updates are smaller than bfloat16's steps.
     weights_dtype = dtype if isinstance(spec.method, LoraMethod) else torch.float32
-    base = load_base_model(spec.base_model_dir, weights_dtype, group.device)
+    base = load_base_model(spec.base_model_dir, weights_dtype, group.device, spec.extras)
     longest = min(spec.extras.max_sequence_length or base.context_length, base.context_length)
     training, validation = _load_data(spec, base.tokenizer, longest, events)
     # Every process makes the same adapters.
     torch.manual_seed(derived_seed(spec.seed, 0))
     model = _apply_method(spec, base.model, group, events)
     model.train()
-    optimizer = make_optimizer(model.named_parameters(), spec)
+    if spec.extras.compile:
+        for layer in decoder_layers(base.model):
+            layer.compile(dynamic=True)
+        events.log("torch.compile: the first steps take a minute or two longer")
+    optimizer = make_optimizer(model.parameters(), spec)
     plan = Plan.of(spec, len(training.examples), group.world_size)
     start = _start_state(spec, plan, training)
+    if learning_rate_factor is not None:
+        start = start.model_copy(update={"learning_rate_factor": learning_rate_factor})
     if spec.resume_from is not None:
         load_checkpoint(spec.resume_from, model, optimizer)
         events.log(f"resumed from step {start.step} (epoch {start.epoch})", step=start.step)
     workload = Workload(
         model=model,
+        base=base.model,
         tokenizer=base.tokenizer,
         optimizer=optimizer,
         trainable=tuple(parameter for parameter in model.parameters() if parameter.requires_grad),
@@ -99,6 +118,7 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
         dtype=dtype,
         stored_dtype=base.stored_dtype,
         packs_rows=base.packs_rows,
+        is_sharded=isinstance(model, FSDPModule),
     )
     _log_facts(workload, spec, group, events)
     return workload
@@ -107,12 +127,11 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
 def _load_data(
     spec: RunSpec, tokenizer: PreTrainedTokenizerBase, longest: int, events: EventLog
 ) -> tuple[ExampleSet, ExampleSet | None]:
-    refuse = spec.extras.long_rows == "refuse"
-    training = load_examples(spec.training_file, tokenizer, longest, refuse_long_rows=refuse)
+    training = load_examples(spec.training_file, tokenizer, longest, spec.extras.long_rows)
     _log_rows("training", training, longest, events)
     if spec.validation_file is None:
         return training, None
-    validation = load_examples(spec.validation_file, tokenizer, longest, refuse_long_rows=refuse)
+    validation = load_examples(spec.validation_file, tokenizer, longest, spec.extras.long_rows)
     _log_rows("validation", validation, longest, events)
     return training, validation
 
@@ -130,6 +149,11 @@ def _log_rows(name: str, examples: ExampleSet, longest: int, events: EventLog) -
             f"{name}: {examples.num_truncated:,} rows were longer than {longest:,} tokens and were cut",
             rows_truncated=examples.num_truncated,
         )
+    if examples.num_split:
+        events.log(
+            f"{name}: {examples.num_split:,} rows were longer than {longest:,} tokens and were split",
+            rows_split=examples.num_split,
+        )
     if examples.num_skipped:
         events.log(
             f"{name}: {examples.num_skipped:,} rows have nothing to learn and are left out",
@@ -143,26 +167,25 @@ def _apply_method(
     match spec.method:
         case LoraMethod() as method:
             modules = ", ".join(target_modules(model, method))
-            events.log(f"LoRA · rank {method.rank} · alpha {method.alpha} · on {modules}")
-            return add_adapters(model, method, spec.base_model_id)
+            variant = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[spec.extras.lora_variant]
+            events.log(f"{variant} · rank {method.rank} · alpha {method.alpha} · on {modules}")
+            return add_adapters(model, method, spec.extras, spec.base_model_id)
         case FullMethod() as method:
+            checkpointing = "on" if method.activation_checkpointing else "off"
+            events.log(f"full fine-tuning · activation checkpointing {checkpointing}")
             if method.activation_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
-            _log_sharding(method, group, events)
+            if group.world_size > 1:
+                events.log(shard(model, method, group))
+            else:
+                _log_nothing_to_shard(method, events)
             return model
 
 
-def _log_sharding(method: FullMethod, group: ProcessGroup, events: EventLog) -> None:
-    checkpointing = "on" if method.activation_checkpointing else "off"
+def _log_nothing_to_shard(method: FullMethod, events: EventLog) -> None:
     asked = [name for name in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload") if getattr(method, name)]
-    events.log(f"full fine-tuning · activation checkpointing {checkpointing}")
     if asked:
-        reason = (
-            "one process has nothing to shard"
-            if group.world_size == 1
-            else "this engine keeps a whole copy of the weights in each process and sums gradients"
-        )
-        events.log(f"{' and '.join(asked)}: no effect, since {reason}")
+        events.log(f"{' and '.join(asked)}: no effect, since one process has nothing to shard")
 
 
 def _start_state(spec: RunSpec, plan: Plan, training: ExampleSet) -> TrainingState:
@@ -177,9 +200,7 @@ def _start_state(spec: RunSpec, plan: Plan, training: ExampleSet) -> TrainingSta
     )
     if spec.resume_from is not None:
         return read_training_state(spec.resume_from, identity)
-    return TrainingState(
-        identity=identity, step=0, epoch=0, tokens_trained=0, training_loss=None, validation_loss=None
-    )
+    return TrainingState(identity=identity)
 
 
 def _log_facts(workload: Workload, spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:

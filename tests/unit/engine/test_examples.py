@@ -154,7 +154,7 @@ def test_broken_rows_are_named(line: str, message: str, tiny: BaseModel, tmp_pat
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(JobFault, match=message):
-        load_examples(path, tiny.tokenizer, 100, refuse_long_rows=False)
+        load_examples(path, tiny.tokenizer, 100, "truncate")
 
 
 def test_broken_files(tiny: BaseModel, tmp_path: Path) -> None:
@@ -162,24 +162,24 @@ def test_broken_files(tiny: BaseModel, tmp_path: Path) -> None:
     for content, message in ((b"\n\n", "holds no rows"), (b'{"text": "\xff"}', "not UTF-8")):
         path.write_bytes(content)
         with pytest.raises(JobFault, match=message):
-            load_examples(path, tiny.tokenizer, 100, refuse_long_rows=False)
+            load_examples(path, tiny.tokenizer, 100, "truncate")
     with pytest.raises(JobFault, match="there is no file"):
-        load_examples(tmp_path / "none.jsonl", tiny.tokenizer, 100, refuse_long_rows=False)
+        load_examples(tmp_path / "none.jsonl", tiny.tokenizer, 100, "truncate")
 
 
 def test_long_rows(tiny: BaseModel, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     unkept = {"dialog": [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "y"}]}
     path.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, {"text": "x" * 50}, unkept)))
-    examples = load_examples(path, tiny.tokenizer, 20, refuse_long_rows=False)
+    examples = load_examples(path, tiny.tokenizer, 20, "truncate")
     assert [example.num_tokens for example in examples.examples] == [5, 20]
     assert (examples.num_truncated, examples.num_skipped) == (2, 1)
     with pytest.raises(JobFault, match="line 2: 51 tokens, but at most 20"):
-        load_examples(path, tiny.tokenizer, 20, refuse_long_rows=True)
+        load_examples(path, tiny.tokenizer, 20, "refuse")
 
 
 def test_nothing_to_learn(tiny: BaseModel, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"dialog": [{"role": "user", "content": "x"}]}\n')
     with pytest.raises(JobFault, match="no row has anything to learn"):
-        load_examples(path, tiny.tokenizer, 100, refuse_long_rows=False)
+        load_examples(path, tiny.tokenizer, 100, "truncate")

@@ -62,7 +62,7 @@ def test_loss_and_gradients(
     base = load_base_model(tmp_path / "model", torch.float32, CPU)
     assert base.packs_rows
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    examples = list(load_examples(rows_file, tiny.tokenizer, 200, refuse_long_rows=True).examples)
+    examples = list(load_examples(rows_file, tiny.tokenizer, 200, "refuse").examples)
 
     expected = reference_loss(reference, examples)
     expected.backward()
@@ -88,7 +88,7 @@ def test_families_that_are_not_packed_run_row_by_row(
     tiny.tokenizer.save_pretrained(tmp_path / "model")
     base = load_base_model(tmp_path / "model", torch.float32, CPU)
     assert not base.packs_rows
-    example = load_examples(rows_file, tiny.tokenizer, 200, refuse_long_rows=True).examples[0]
+    example = load_examples(rows_file, tiny.tokenizer, 200, "refuse").examples[0]
     loss = summed_loss(base.model, make_pack([example], CPU), torch.float32, packs_rows=False)
     expected = reference_loss(base.model, [example])
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)

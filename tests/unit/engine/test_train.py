@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -19,22 +18,26 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer_svc.engine import train as train_module
-from trainer_svc.engine.checkpoint import CheckpointError
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.run_spec import RunSpec
 
 MakeSpec = Callable[..., RunSpec]
 FLOAT32 = {"dtype": "float32"}
 FULL = {"kind": "full", "activation_checkpointing": False}
-METHODS = [pytest.param({"kind": "lora", "dropout": 0.1}, id="lora"), pytest.param(FULL, id="full")]
+METHODS = [pytest.param({"kind": "lora"}, id="lora"), pytest.param(FULL, id="full")]
 
 
 def test_events_of_a_run(make_spec: MakeSpec, run_engine: Any, rows_file: Path) -> None:
     run = run_engine(make_spec(validation_file=rows_file, train_log_file="train.log"))
-    assert [event["kind"] for event in run.events if event["kind"] != "log"] == [
-        *["step"] * 4, "validation", "checkpoint", *["step"] * 4, "validation", "checkpoint", "finished",
+    kinds = [event["kind"] for event in run.events if event["kind"] not in ("log", "checkpoint")]
+    assert kinds == [
+        *["step"] * 4, "validation", *["step"] * 4, "validation", "artifact", "finished"
     ]  # fmt: skip
+    # Checkpoints are written while training goes on, so others may come between.
+    assert [event["path"] for event in run.of_kind("checkpoint")] == [
+        "checkpoints/epoch-1",
+        "checkpoints/epoch-2",
+    ]
     last = run.of_kind("step")[-1]
     assert (last["step"], last["total_steps"], last["epoch"]) == (8, 8, 2)
     finished = run.of_kind("finished")[0]
@@ -45,7 +48,7 @@ def test_events_of_a_run(make_spec: MakeSpec, run_engine: Any, rows_file: Path) 
     assert finished["tokens_trained"] == 2 * tokens
     assert run.losses[-1] < run.losses[0] - 0.5
     log_lines = (run.output_dir / "artifact" / "train.log").read_text().splitlines()
-    assert len(log_lines) == len(run.events) - 1  # the end comes after the artifact
+    assert len(log_lines) == len(run.events) - 2  # the artifact's own event and the end come after it
 
 
 def test_full_validation_loss_is_the_untouched_models_at_first(
@@ -64,53 +67,6 @@ def test_same_seed_same_losses(method: dict[str, Any], make_spec: MakeSpec, run_
     )
     assert first == again
     assert first != other
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_is_bit_for_bit(
-    method: dict[str, Any], dtype: str, make_spec: MakeSpec, run_engine: Any, rows_file: Path
-) -> None:
-    changes = {
-        "method": method,
-        "epochs": 3,
-        "validation_file": rows_file,
-        "extras": {"dtype": dtype, "lr_scheduler": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
-    }
-    whole = run_engine(make_spec("whole", **changes))
-    resumed = run_engine(
-        make_spec("resumed", **changes, resume_from=whole.output_dir / "checkpoints" / "epoch-1")
-    )
-    assert resumed.losses == whole.losses[4:]
-    for key in ("training_loss", "validation_loss", "tokens_trained", "steps", "epochs_completed"):
-        assert resumed.of_kind("finished")[0][key] == whole.of_kind("finished")[0][key]
-    name = "model.safetensors" if method["kind"] == "full" else "adapter_model.safetensors"
-    ours, theirs = (load_file(run.output_dir / "artifact" / name) for run in (resumed, whole))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def test_resume_inside_an_epoch_and_after_the_last(make_spec: MakeSpec, run_engine: Any) -> None:
-    whole = run_engine(make_spec("whole"))
-    part = run_engine(make_spec("part", max_steps=6))
-    assert part.losses == whole.losses[:6]
-    checkpoint = part.of_kind("checkpoint")[-1]
-    assert (checkpoint["path"], checkpoint["step"]) == ("checkpoints/epoch-2", 6)
-    assert part.of_kind("finished")[0]["epochs_completed"] == 1
-    rest = run_engine(make_spec("rest", resume_from=part.output_dir / "checkpoints" / "epoch-2"))
-    assert rest.losses == whole.losses[6:]
-    nothing_left = run_engine(make_spec("nothing", resume_from=whole.output_dir / "checkpoints" / "epoch-2"))
-    assert nothing_left.losses == []
-    assert nothing_left.of_kind("finished")[0]["training_loss"] == whole.losses[-1]
-
-
-def test_resume_from_another_runs_checkpoint(make_spec: MakeSpec, run_engine: Any) -> None:
-    run = run_engine(make_spec("first", max_steps=1))
-    checkpoint = run.output_dir / "checkpoints" / "epoch-1"
-    with pytest.raises(CheckpointError, match="seed was 0 and is 5"):
-        run_engine(make_spec("second", seed=5, resume_from=checkpoint))
-    (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(CheckpointError, match="damaged"):
-        run_engine(make_spec("third", resume_from=checkpoint))
 
 
 def test_accumulation_is_one_large_batch(make_spec: MakeSpec, run_engine: Any) -> None:
@@ -191,28 +147,6 @@ def test_full_artifact_keeps_the_bases_number_format(
 def test_unknown_module(make_spec: MakeSpec, run_engine: Any) -> None:
     with pytest.raises(JobFault, match=r"no module 'wq' .*it has down_proj, gate_proj, k_proj, o_proj"):
         run_engine(make_spec(method={"kind": "lora", "attn_modules": ["wq"]}))
-
-
-def test_non_finite_steps_never_reach_the_weights(
-    make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad_calls = {3}
-    real, calls = train_module.summed_loss, [0]
-
-    def sometimes_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls[0] += 1
-        return real(*args, **kwargs) * (math.nan if calls[0] in bad_calls else 1.0)
-
-    monkeypatch.setattr(train_module, "summed_loss", sometimes_nan)
-    run = run_engine(make_spec("one", epochs=1))
-    assert [event["step"] for event in run.of_kind("step")] == [1, 2, 4]
-    assert any("step 3 skipped" in event["message"] for event in run.of_kind("log"))
-    weights = load_file(run.output_dir / "artifact" / "adapter_model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in weights.values())
-
-    bad_calls.update(range(1000))
-    with pytest.raises(JobFault, match="5 steps in a row"):
-        run_engine(make_spec("all"))
 
 
 def test_two_processes_train_as_one(

@@ -1,0 +1,54 @@
+"""What the device can do, and how much of its memory a run has taken."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+
+import torch
+
+# Large enough for the device to reach its peak, small enough to take a moment.
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+_TRIES = 4
+
+
+def matrix_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of some."""
+    size = _MATRIX_SIZE[device.type]
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(_TRIES):
+        _wait(device)
+        started_at = time.perf_counter()
+        matrix @ matrix
+        _wait(device)
+        best = min(best, time.perf_counter() - started_at)
+    return 2 * size**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """The memory that the device has: the GPU's, or the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    pages, page_bytes = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
+    return pages * page_bytes
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name and, for a CPU, how many threads compute."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

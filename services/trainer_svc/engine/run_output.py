@@ -1,0 +1,178 @@
+"""What a run leaves behind: checkpoints on its way, the artifact at its end."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from trainer_svc.engine.artifact import ARTIFACT_DIR, CardFacts, model_card
+from trainer_svc.engine.checkpoint import (
+    CheckpointMark,
+    CheckpointWriter,
+    Snapshot,
+    TrainingState,
+    save_model,
+    save_training_state,
+    split_kept,
+    take_snapshot,
+    write_folder,
+)
+from trainer_svc.engine.events import EventLog
+from trainer_svc.engine.parity import check_parity, reference_of, wait_for
+from trainer_svc.engine.process_group import ProcessGroup
+from trainer_svc.engine.run_spec import RunSpec
+from trainer_svc.engine.setup import Workload
+
+LOGS_DIR = "logs"
+
+
+class RunOutput:
+    """Writes a run's files, and an event for each once it is complete."""
+
+    def __init__(self, spec: RunSpec, group: ProcessGroup, events: EventLog, workload: Workload) -> None:
+        self._spec = spec
+        self._group = group
+        self._events = events
+        self._workload = workload
+        self._writer = CheckpointWriter()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._writer.close()
+
+    def checkpoint(
+        self, state: TrainingState, validation_loss: float | None, *, ends_epoch: bool
+    ) -> TrainingState:
+        """Copies what training changes, and has it written while training goes on.
+
+        Args:
+            state: the run's.
+            validation_loss: measured just now; None if it wasn't.
+            ends_epoch: whether an epoch or the run ends here.
+
+        Returns:
+            The state with the checkpoint in it, and without those that it replaces.
+        """
+        mark = CheckpointMark(
+            step=state.step, epoch=state.epoch, ends_epoch=ends_epoch, validation_loss=validation_loss
+        )
+        kept, removed = split_kept((*state.checkpoints, mark), self._spec.extras.keep_checkpoints)
+        state = state.model_copy(update={"checkpoints": kept})
+        snapshot = take_snapshot(self._workload.model, self._workload.optimizer, keep=self._group.is_first)
+        if self._group.is_first:
+            self._writer.write(partial(self._write_checkpoint, state, snapshot, mark, removed))
+        return state
+
+    def newest_checkpoint(self, state: TrainingState) -> Path | None:
+        """Returns the folder of a run's last checkpoint, once it is written; None when there is none.
+
+        Every process must call it.
+        """
+        self._writer.wait()
+        self._group.wait_for_all()
+        if not state.checkpoints:
+            return None
+        folder = self._spec.output_dir / state.checkpoints[-1].path
+        return folder if folder.exists() else self._spec.resume_from  # of a run before this one
+
+    def _write_checkpoint(
+        self,
+        state: TrainingState,
+        snapshot: Snapshot,
+        mark: CheckpointMark,
+        removed: tuple[CheckpointMark, ...],
+    ) -> None:
+        workload = self._workload
+
+        def fill(folder: Path) -> None:
+            # float32, so that a resumed run continues from the very same weights.
+            save_model(workload.model, workload.tokenizer, snapshot.weights, folder, torch.float32)
+            save_training_state(folder, state, snapshot.optimizer)
+            self._write_card(folder, state)
+
+        write_folder(self._spec.output_dir / mark.path, fill)
+        place = f"epoch {mark.epoch}" if mark.ends_epoch else f"step {mark.step}"
+        self._events.write(
+            "checkpoint",
+            f"checkpoint of {place} written",
+            epoch=mark.epoch,
+            step=mark.step,
+            ends_epoch=mark.ends_epoch,
+            path=str(mark.path),
+            tokens_trained=state.tokens_trained,
+            epochs_completed=self._epochs_completed(state),
+        )
+        for old in removed:
+            if not self._spec.leaves_removed_checkpoints:
+                shutil.rmtree(self._spec.output_dir / old.path, ignore_errors=True)
+            self._events.write(
+                "checkpoint_removed",
+                f"checkpoint of step {old.step} removed",
+                step=old.step,
+                path=str(old.path),
+            )
+
+    def finish(self, state: TrainingState) -> None:
+        """Writes the artifact, and holds it, as it was stored, against the trained model.
+
+        Every process must call it.
+
+        Raises:
+            ParityError: the stored model is not the trained one.
+        """
+        spec, workload = self._spec, self._workload
+        self._writer.wait()
+        reference = reference_of(workload, self._group)
+        snapshot = take_snapshot(workload.model, None, keep=self._group.is_first)
+        if self._group.is_first:
+            write_folder(spec.output_dir / ARTIFACT_DIR, partial(self._fill_artifact, state, snapshot))
+            self._events.write("artifact", "model written", path=ARTIFACT_DIR)
+            folder = spec.readback_dir or spec.output_dir / ARTIFACT_DIR
+            wait_for(folder)
+            # Sharded weights may be too many for one process's device.
+            device = self._group.device if self._group.world_size == 1 else torch.device("cpu")
+            difference = check_parity(folder, reference, spec, workload, device)
+            loss = "unknown" if state.training_loss is None else f"{state.training_loss:.4f}"
+            self._events.write(
+                "finished",
+                f"finished after {state.step} steps · training loss {loss} · its logits, stored, differ "
+                f"by {difference:.1e}",
+                path=ARTIFACT_DIR,
+                training_loss=state.training_loss,
+                validation_loss=state.validation_loss,
+                steps=state.step,
+                epochs_completed=self._epochs_completed(state),
+                tokens_trained=state.tokens_trained,
+                parity_difference=difference,
+            )
+        self._group.wait_for_all()
+
+    def _fill_artifact(self, state: TrainingState, snapshot: Snapshot, folder: Path) -> None:
+        workload = self._workload
+        save_model(workload.model, workload.tokenizer, snapshot.weights, folder, workload.stored_dtype)
+        self._write_card(folder, state)
+        if self._spec.train_log_file is not None:
+            shutil.copyfile(
+                self._spec.output_dir / LOGS_DIR / self._spec.train_log_file,
+                folder / self._spec.train_log_file,
+            )
+
+    def _epochs_completed(self, state: TrainingState) -> int:
+        return state.step // self._workload.plan.steps_per_epoch
+
+    def _write_card(self, folder: Path, state: TrainingState) -> None:
+        workload = self._workload
+        facts = CardFacts(
+            training_sha256=state.identity.training_sha256,
+            num_rows=len(workload.training.examples),
+            num_tokens_trained=state.tokens_trained,
+            steps=state.step,
+            epochs_completed=self._epochs_completed(state),
+            training_loss=state.training_loss,
+            validation_loss=state.validation_loss,
+            dtype=str(workload.dtype).removeprefix("torch."),
+        )
+        (folder / "README.md").write_text(model_card(self._spec, facts), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""A memory that is too small: smaller passes, the same result. Only a row that doesn't fit ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer_svc.engine import gradients
+from trainer_svc.engine.errors import JobFault
+from trainer_svc.engine.gradients import is_out_of_memory
+from trainer_svc.engine.run_spec import RunSpec
+
+MakeSpec = Callable[..., RunSpec]
+
+
+@pytest.fixture
+def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Lets no pass of more tokens through, as a full memory would; returns the passes that were tried."""
+
+    def limit(num_tokens: int) -> list[int]:
+        real = gradients.summed_loss
+        tried: list[int] = []
+
+        def limited(model: Any, pack: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            tried.append(pack.num_tokens)
+            loss = real(model, pack, *args, **kwargs)
+            if pack.num_tokens > num_tokens:
+                loss.backward()  # leaves gradients behind, as an overflow in the backward pass does
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss
+
+        monkeypatch.setattr(gradients, "summed_loss", limited)
+        return tried
+
+    return limit
+
+
+def test_smaller_passes_change_no_result(make_spec: MakeSpec, run_engine: Any, memory_for: Any) -> None:
+    roomy = run_engine(make_spec("roomy"))
+    tried = memory_for(80)
+    tight = run_engine(make_spec("tight"))
+
+    assert max(tried) > 80
+    assert tight.losses == pytest.approx(roomy.losses, rel=1e-5)
+    [said, *_] = [event for event in tight.of_kind("log") if "out of memory" in event["message"]]
+    assert said["tokens_per_pass"] < max(tried)
+    # Once it is known, the run doesn't fail into it again.
+    assert all(tokens <= 80 for tokens in tried[-4:])
+
+
+def test_validation_gets_smaller_passes_too(
+    make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch, rows_file: Path
+) -> None:
+    roomy = run_engine(make_spec("roomy", batch_size=13, validation_file=rows_file, epochs=1))
+    real = gradients.summed_loss
+
+    def limited(model: Any, pack: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not model.training and pack.num_tokens > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(model, pack, *args, **kwargs)
+
+    monkeypatch.setattr(gradients, "summed_loss", limited)
+    tight = run_engine(make_spec("tight", batch_size=13, validation_file=rows_file, epochs=1))
+    assert tight.of_kind("validation")[0]["loss"] == pytest.approx(
+        roomy.of_kind("validation")[0]["loss"], rel=1e-5
+    )
+
+
+def test_one_row_that_does_not_fit_ends_the_run(
+    make_spec: MakeSpec, run_engine: Any, memory_for: Any
+) -> None:
+    memory_for(10)
+    with pytest.raises(JobFault, match=r"too small even for one row of \d+ tokens"):
+        run_engine(make_spec())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes don't match"), False),
+    ],
+)
+def test_errors_of_a_full_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_other_errors_pass(make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("shapes don't match")
+
+    monkeypatch.setattr(gradients, "summed_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_engine(make_spec())
