@@ -103,6 +103,7 @@ def list_(
             )
             for job in page["data"]
         ],
+        spare=("MODEL", "LOSS", "CREATED", "STEPS", "BASE MODEL"),
     )
     last = offset + len(page["data"])
     if last < page["total"]:

@@ -45,6 +45,7 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             for model in fine_tuned
         ],
         title="Fine-tuned models",
+        spare=("MADE", "JOB", "BASE MODEL", "STATUS"),
     )
     print()
     print_table(
