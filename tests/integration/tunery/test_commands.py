@@ -402,6 +402,12 @@ def test_pull(tmp_path):
     assert_fails(run_tunery("models", "pull", "none"), NOT_FOUND, "none")
 
 
+def test_pull_in_a_terminal_shows_one_spinner(tmp_path):
+    code, lines = run_in_terminal(100, "models", "pull", "tunery-tiny", TUNERY_MODELS_DIR=str(tmp_path))
+    assert code == 0
+    assert {line for line in lines if "pulling tunery-tiny" not in line} == {str(tmp_path / "tunery-tiny")}
+
+
 def test_reader_that_goes_away(stack):
     piped = subprocess.run(
         ["bash", "-c", f"{' '.join(COMMAND)} models list --data-dir {stack.data_dir} | head -n 1"],
