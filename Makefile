@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-MODELS := $(VENV)/models-pulled
 PROTOS := $(shell find protos/tunery -name '*.proto')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -14,7 +13,10 @@ help: ## Show what there is.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | \
 		while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
-setup: $(INSTALLED) $(MODELS) ## Make .venv, install everything pinned, fetch the base models.
+# The models are asked for each time, since they lie in the user's cache and not in .venv.
+setup: $(INSTALLED) ## Make .venv, install everything pinned, fetch the base models.
+	@$(BIN)/tunery models pull smollm2-135m-instruct
+	@$(BIN)/tunery models pull tunery-tiny
 
 demo: setup ## Fine-tune a small model on a sample, and show what it has learnt.
 	$(BIN)/tunery demo
@@ -48,9 +50,11 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 clean: ## Remove what the other targets made, base models aside.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# Debian's Python has no ensurepip unless python3-venv is installed too; its pip can then install another one.
 $(VENV)/made:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
-	$(PYTHON) -m venv $(VENV)
+	if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); else \
+		$(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; fi
 	@touch $@
 
 # The tools that make code from the protos come first; the build then takes them from here, pinned.
@@ -58,11 +62,6 @@ $(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTO
 	@echo 'installing into $(VENV) (some minutes the first time)'
 	$(PIP) hatchling grpcio-tools googleapis-common-protos
 	$(PIP) --no-build-isolation --editable '.[dev,wandb]'
-	@touch $@
-
-$(MODELS): $(INSTALLED)
-	$(BIN)/tunery models pull smollm2-135m-instruct
-	$(BIN)/tunery models pull tunery-tiny
 	@touch $@
 
 .PHONY: help setup demo test check breaking protos bench clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -49,12 +50,19 @@ def demo() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; returns its exit code. Errors are a line on stderr each."""
+    for argument in arguments:
+        if any(
+            "\ud800" <= char <= "\udfff" for char in argument
+        ):  # Python's stand-ins for bytes that are no text
+            return _fail(f"the argument {argument!r} is not UTF-8", ExitCode.USAGE)
     try:
-        return app(args=list(arguments), prog_name="tunery", standalone_mode=False) or ExitCode.OK
+        code: int = app(args=list(arguments), prog_name="tunery", standalone_mode=False) or ExitCode.OK
+        sys.stdout.flush()  # not left to Python's end, where nobody catches what goes wrong
+        return code
     except typer.TyperException as error:
         # Every one that is raised for wrong arguments can say what is wrong; the base class doesn't tell.
         return _fail(error.format_message(), ExitCode.USAGE)
-    except (SetUpError, BrokenPipeError, KeyboardInterrupt, typer.Abort) as error:
+    except (SetUpError, OSError, KeyboardInterrupt, typer.Abort) as error:
         return _end_of(error)
     except Exception as error:
         # Imported by now if it was a call to the service that failed.
@@ -66,6 +74,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of the package."""
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a locale without the characters that are printed
     sys.exit(run(sys.argv[1:]))
 
 
@@ -73,10 +83,12 @@ def _end_of(error: BaseException) -> int:
     match error:
         case SetUpError():
             return _fail(str(error), ExitCode.USAGE)
-        case BrokenPipeError():
-            # Whoever read our output has gone, as `head` does. Python would complain once more at its end.
+        case OSError():
+            # What is still to be written goes nowhere, or Python would complain once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return ExitCode.OK
+            if isinstance(error, BrokenPipeError):  # whoever read our output has gone, as `head` does
+                return ExitCode.OK
+            return _fail(str(error), ExitCode.USAGE)
         case _:
             return _fail("interrupted", ExitCode.INTERRUPTED)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ _BROKEN_CONNECTION = frozenset(
         grpc.StatusCode.INTERNAL,
     }
 )
+_HEADER_WORD = re.compile(r"[!-~]+")
 # Nothing answered, or only the gateway did.
 _OUT_OF_REACH = frozenset({None, 502, 503, 504})
 _HTTP_STATUS = {
@@ -97,16 +99,19 @@ class TuneryClient:
             api_key: the account's key.
 
         Raises:
-            ValueError: the URL is not http:// or https:// with a host.
+            ValueError: the URL is not http:// or https:// with a host, or the key can't be one.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no service's URL; expected such as http://127.0.0.1:8080")
+        if not _HEADER_WORD.fullmatch(api_key):
+            raise ValueError("the API key has a space, a line break or another character that no key has")
         self.url = url.rstrip("/")
         self._api_key = api_key
         # A proxy configured for the way out must not be asked for this machine's own services.
         self._is_local = parts.hostname in ("127.0.0.1", "localhost", "::1")
-        self._target = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self._target = f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
         self._is_tls = parts.scheme == "https"
         self._http = httpx.Client(
             base_url=self.url,
@@ -164,7 +169,7 @@ class TuneryClient:
         Raises:
             ClientError: there is none (`not_found`), or a job uses it (`dataset_in_use`).
         """
-        self._request("DELETE", f"{API}/datasets/{quote(dataset_id, safe='')}")
+        self._request("DELETE", f"{API}/datasets/{_segment(dataset_id)}")
 
     def create_job(
         self,
@@ -184,7 +189,7 @@ class TuneryClient:
             request["hyperparameters"] = hyperparameters
         if suffix is not None:
             request["suffix"] = suffix
-        return self._json("POST", f"{API}/jobs", json=request)
+        return self._json("POST", f"{API}/jobs", **_json_body(request))
 
     def list_jobs(self, limit: int = 20, offset: int = 0) -> JobList:
         """Returns a page of the account's jobs, newest first; `limit` is 1 to 100."""
@@ -196,7 +201,7 @@ class TuneryClient:
         Raises:
             ClientError: there is none (`not_found`).
         """
-        return self._json("GET", f"{API}/jobs/{quote(job_id, safe='')}/details")
+        return self._json("GET", f"{API}/jobs/{_segment(job_id)}/details")
 
     def cancel_job(self, job_id: str) -> Job:
         """Cancels a job.
@@ -204,7 +209,7 @@ class TuneryClient:
         Raises:
             ClientError: there is none (`not_found`), or it has ended (`job_ended`).
         """
-        return self._json("POST", f"{API}/jobs/{quote(job_id, safe='')}/cancel")
+        return self._json("POST", f"{API}/jobs/{_segment(job_id)}/cancel")
 
     def follow_log(
         self, job_id: str, after_seq: int = 0, reconnect_seconds: float = RECONNECT_SECONDS
@@ -252,8 +257,10 @@ class TuneryClient:
             ClientError: there is no such job.
         """
         told = self._json("GET", "/fine_tuning/jobs/status", params={"job_id": job_id})
-        # Its host is the one that the service knows itself by, which may differ from ours.
-        path = urlsplit(told["logs"]).path
+        # Not at `logs`: that is a page of Weights & Biases where the job logs there, and its host is the one
+        # that the service knows itself by, which may differ from ours.
+        name = told["input_config"].get("logger", {}).get("filename", "log.txt")
+        path = f"/fine_tuning/jobs/{_segment(job_id)}/files/{quote(name)}"
         try:
             with self._http.stream("GET", path) as response:
                 if not response.is_success:
@@ -277,7 +284,7 @@ class TuneryClient:
         Raises:
             ClientError: there is none (`not_found`).
         """
-        self._request("DELETE", f"{API}/models/{quote(model_id, safe='')}")
+        self._request("DELETE", f"{API}/models/{_segment(model_id)}")
 
     def chat(self, model: str, messages: Sequence[ChatMessage], **options: float | int) -> dict[str, Any]:
         """Asks a fine-tuned or a base model; returns OpenAI's chat completion object.
@@ -293,7 +300,7 @@ class TuneryClient:
         return self._json(
             "POST",
             "/v1/chat/completions",
-            json={"model": model, "messages": list(messages), **options},
+            **_json_body({"model": model, "messages": list(messages), **options}),
             timeout=httpx.Timeout(_SLOW_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
         )
 
@@ -426,6 +433,25 @@ class _ReportingFile(io.RawIOBase):
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+def _json_body(document: Mapping[str, Any]) -> dict[str, Any]:
+    # httpx's own `json` raises ValueError for NaN and for half of a surrogate pair; the service says what is
+    # wrong with them.
+    return {"content": json.dumps(document), "headers": {"content-type": "application/json"}}
+
+
+def _segment(resource_id: str) -> str:
+    """Returns an id as a part of a path.
+
+    Raises:
+        ClientError: no path can carry it, so it is no resource's.
+    """
+    if not resource_id.strip(".") or "/" in resource_id:
+        raise ClientError(
+            f"{resource_id!r} is no id.", type="not_found_error", code="not_found", http_status=404
+        )
+    return quote(resource_id, safe="")
 
 
 def _unreachable(url: str, reason: str) -> ClientError:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -174,7 +175,7 @@ def _ask_all(console: Console, client: TuneryClient, model: str) -> list[str]:
             text = " ".join(choice["message"]["content"].split())
             answers.append(text + (" …" if choice["finish_reason"] == "length" else ""))
             console.print(Text(f"  {question}", style="bold"))
-            console.print(Text(f"    {answers[-1]}"))
+            console.print(Padding(Text(answers[-1]), (0, 0, 0, 4)))
     return answers
 
 

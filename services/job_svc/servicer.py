@@ -215,7 +215,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                     licence=entry.licence,
                     description=entry.description,
                 )
-                for entry in self._catalog.models
+                for entry in self._catalog.default_first
             ]
         )
 

@@ -134,6 +134,11 @@ class Catalog(BaseModel):
             raise ValueError(f"the default {self.default!r} is not among the models: {', '.join(ids)}")
         return self
 
+    @property
+    def default_first(self) -> list[BaseModelEntry]:
+        """All base models, the default before the others."""
+        return sorted(self.models, key=lambda entry: entry.id != self.default)
+
     def get(self, model_id: str) -> BaseModelEntry:
         """The entry of this id.
 

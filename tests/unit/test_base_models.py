@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from job_svc.servicer import ModelServicer
 from svc_kit.catalog import (
     BaseModelEntry,
+    Catalog,
     FolderSource,
     HubSource,
     MadeSource,
@@ -23,6 +25,7 @@ from svc_kit.catalog import (
 from svc_kit.errors import UnknownBaseModel
 from trainer_svc.base_models import PullError, base_model_dir, is_pulled, main, pull
 from trainer_svc.engine import tiny_model
+from tunery.job.v1.model_service_pb2 import ListBaseModelsRequest
 
 
 def entry(**changes: object) -> BaseModelEntry:
@@ -46,6 +49,13 @@ def test_packaged_catalog() -> None:
     assert catalog.get("tunery-tiny").parsed_source == MadeSource("tunery-tiny")
     with pytest.raises(UnknownBaseModel, match=r"'gpt-9'.*smollm2-135m-instruct, tunery-tiny"):
         catalog.get("gpt-9")
+
+
+async def test_the_catalogs_default_is_listed_first() -> None:
+    models = (entry(id="first"), entry(id="usual"), entry(id="last"))
+    servicer = ModelServicer(None, None, Catalog(default="usual", models=models))  # type: ignore[arg-type]
+    listed = await servicer.ListBaseModels(ListBaseModelsRequest(), None)
+    assert [model.id for model in listed.data] == ["usual", "first", "last"]
 
 
 @pytest.mark.parametrize(

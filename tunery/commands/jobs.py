@@ -37,7 +37,7 @@ def create(
     dataset: Annotated[
         str, typer.Argument(metavar="DATASET", help="A dataset's id, or a CSV file to upload first.")
     ],
-    model: Annotated[str | None, typer.Option(help="The base model. Default: the catalog's first.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model. Default: the catalog's default.")] = None,
     task: Annotated[str, typer.Option(metavar="qa|not_qa", help="What the rows are.")] = "qa",
     epochs: Annotated[int | None, typer.Option(help="Passes over the rows.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
@@ -103,6 +103,7 @@ def list_(
             )
             for job in page["data"]
         ],
+        spare=("MODEL", "LOSS", "CREATED", "STEPS", "BASE MODEL"),
     )
     last = offset + len(page["data"])
     if last < page["total"]:

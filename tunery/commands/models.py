@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             for model in fine_tuned
         ],
         title="Fine-tuned models",
+        spare=("MADE", "JOB", "BASE MODEL", "STATUS"),
     )
     print()
     print_table(
@@ -75,7 +77,7 @@ def delete(
 @app.command()
 def pull(model_id: Annotated[str, typer.Argument(metavar="BASE_MODEL_ID")], as_json: AsJson = False) -> None:
     """Bring a base model onto this machine, into TUNERY_MODELS_DIR (default ~/.cache/tunery/models)."""
-    from svc_kit.catalog import load_catalog
+    from svc_kit.catalog import HubSource, load_catalog
     from svc_kit.errors import UnknownBaseModel
     from trainer_svc.base_models import PullError
     from trainer_svc.base_models import pull as pull_base_model
@@ -88,8 +90,12 @@ def pull(model_id: Annotated[str, typer.Argument(metavar="BASE_MODEL_ID")], as_j
         raise typer.Exit(ExitCode.NOT_FOUND) from error
     except (ValueError, OSError) as error:
         raise SetUpError(str(error)) from error
+    progress: AbstractContextManager[object] = nullcontext()  # the hub's library draws a bar for each file
+    if not isinstance(entry.parsed_source, HubSource):
+        progress = stderr_console().status(f"pulling {model_id}")
+        os.environ["TQDM_DISABLE"] = "1"  # transformers' own bars would tear the spinner apart
     try:
-        with stderr_console().status(f"pulling {model_id}"):
+        with progress:
             folder = pull_base_model(entry, models_dir(os.environ))
     except (PullError, OSError) as error:
         raise SetUpError(str(error)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ _STATUS_STYLE = {
 }
 # Nobody's window: wide enough that a program that reads a table finds every row on one line.
 _PIPE_WIDTH = 240
+_COLUMN_GAP = 2
 
 
 def stdout_console() -> Console:
@@ -43,17 +44,57 @@ def print_json(document: Any) -> None:
 
 
 def print_table(
-    headers: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    title: str | None = None,
+    spare: Sequence[str] = (),
 ) -> None:
-    """Prints a table; the first column is never cut."""
+    """Prints a table; the first column is never cut.
+
+    Args:
+        headers: of the columns.
+        rows: a cell for each column.
+        title: stands above.
+        spare: columns that are left out where the terminal has no room for them, the most wanted first.
+    """
+    console = stdout_console()
+    columns = {
+        header: [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+        for header, *cells in zip(headers, *rows, strict=True)
+    }
+    left_out = _without_room(columns, spare, console.width)
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, _COLUMN_GAP, 0, 0),
     )
-    for index, header in enumerate(headers):
-        table.add_column(header, header_style="dim", no_wrap=index == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
-    stdout_console().print(table)
+    shown = [header for header in headers if header not in left_out]
+    for header in shown:
+        table.add_column(header, header_style="dim", no_wrap=header == headers[0], overflow="fold")
+    for row in zip(*(columns[header] for header in shown), strict=True):
+        table.add_row(*row)
+    console.print(table)
+    if left_out:
+        names = ", ".join(left_out)
+        console.print(f"no room for {names}; a wider window or --json shows them", style="dim")
+
+
+def _without_room(columns: Mapping[str, Sequence[Text]], spare: Sequence[str], width: int) -> list[str]:
+    widths = {
+        header: max(len(header), *(cell.cell_len for cell in cells), 0) + _COLUMN_GAP
+        for header, cells in columns.items()
+    }
+    room = width + _COLUMN_GAP - sum(widths[header] for header in columns if header not in spare)
+    left_out = []
+    for header in spare:
+        if widths[header] <= room:
+            room -= widths[header]
+        else:
+            left_out.append(header)
+    return left_out
 
 
 def print_facts(facts: Iterable[tuple[str, str | Text | None]]) -> None:

@@ -62,7 +62,8 @@ class TrainingLog:
         time = record.time.ToDatetime().astimezone().strftime("%H:%M:%S")
         line = Text(f"{time}  {record.message}", style=_KIND_STYLE.get(record.kind, ""))
         if self._console.is_terminal:
-            self._console.print(line)
+            # A step's line may lose its end to a narrow window: the bar has it.
+            self._console.print(line, no_wrap=record.HasField("step"), overflow="ellipsis")
         else:
             print(line.plain, flush=True)
 

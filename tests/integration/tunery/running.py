@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -138,6 +142,27 @@ def run_tunery(*arguments: str, timeout: float = 120, **variables: str) -> Resul
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_in_terminal(columns: int, *arguments: str, **variables: str) -> tuple[int, list[str]]:
+    """Runs the command in a terminal of that width; returns its exit code and its lines without colours."""
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        env=clean_environment(TERM="xterm", **variables),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    written = b""
+    with suppress(OSError), open(screen, "rb", buffering=0) as file:  # Linux's way to say that nobody writes
+        while chunk := file.read(65536):
+            written += chunk
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", written.decode())
+    return process.wait(), [line.rstrip() for line in text.splitlines()]
 
 
 def free_port() -> int:

@@ -16,6 +16,7 @@ from tests.integration.tunery.running import (
     Up,
     clean_environment,
     free_port,
+    run_in_terminal,
     run_tunery,
     wait_for,
 )
@@ -95,6 +96,99 @@ def test_no_service_named():
 def test_wrong_url():
     result = run_tunery("jobs", "list", TUNERY_URL="127.0.0.1:1", TUNERY_API_KEY="x")
     assert_fails(result, USAGE, "127.0.0.1:1")
+
+
+@pytest.mark.parametrize("key", ["tnry_ü", "tnry_x\n", "tnry x"])
+def test_key_that_can_be_none(key):
+    for arguments in (("jobs", "list"), ("jobs", "logs", "-f", "job-x")):
+        result = run_tunery(*arguments, TUNERY_URL="http://127.0.0.1:1", TUNERY_API_KEY=key)
+        assert_fails(result, USAGE, "API key")
+        assert "tnry" not in result.err
+
+
+def test_service_at_an_ipv6_address():
+    url = f"http://[::1]:{free_port()}"
+    for arguments in (("jobs", "list"), ("accounts", "create", "x")):
+        result = run_tunery(*arguments, TUNERY_URL=url, TUNERY_API_KEY="x")
+        assert_fails(result, UNREACHABLE, url)
+        assert "resolving" not in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("jobs", "show", "\udcff"),
+        ("accounts", "create", "\udcff"),
+        ("models", "ask", "tunery-tiny", "\udcff"),
+        ("datasets", "upload", "\udcff.csv"),
+    ],
+)
+def test_argument_that_is_no_text(arguments):
+    assert_fails(run_tunery(*arguments, TUNERY_URL="http://127.0.0.1:1", TUNERY_API_KEY="x"), USAGE, "UTF-8")
+
+
+@pytest.mark.parametrize("wrong_id", ["", ".", "..", "a/b"])
+def test_id_that_no_path_can_carry(wrong_id):
+    for command in (("jobs", "show"), ("jobs", "cancel"), ("datasets", "delete"), ("models", "delete")):
+        result = run_tunery(*command, wrong_id, TUNERY_URL="http://127.0.0.1:1", TUNERY_API_KEY="x")
+        assert_fails(result, NOT_FOUND, repr(wrong_id))
+
+
+def test_number_that_json_does_not_know(stack, rows_csv):
+    for number in ("nan", "inf"):
+        asked = stack.tunery("models", "ask", "tunery-tiny", "Who?", "--temperature", number)
+        assert_fails(asked, REFUSED, "not a JSON number")
+        created = stack.tunery("jobs", "create", str(rows_csv), "--learning-rate", number)
+        assert_fails(created, REFUSED, "not a JSON number")
+
+
+def test_output_that_can_not_be_written(stack, trained):
+    job_id = trained["job"]["id"]
+    for arguments in ("jobs list", "jobs list --json", f"jobs logs {job_id}", f"jobs logs -f {job_id}"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*COMMAND, *arguments.split(), "--data-dir", str(stack.data_dir)],
+                env=clean_environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == USAGE
+        assert done.stderr == "tunery: [Errno 28] No space left on device\n"
+
+
+def test_locale_without_the_characters_printed(stack, trained):
+    for follow in ((), ("-f",)):
+        told = stack.tunery("jobs", "logs", *follow, trained["job"]["id"], PYTHONIOENCODING="ascii")
+        assert told.code == 0, told
+        assert "epoch 1 \\xb7 loss" in told.out
+
+
+def test_tables_in_terminals_of_several_widths(stack, trained):
+    job_id, model_id = trained["job"]["id"], trained["job"]["fine_tuned_model"]
+    where = ("--data-dir", str(stack.data_dir))
+    for columns in (80, 100, 160):
+        code, lines = run_in_terminal(columns, "jobs", "list", *where)
+        assert code == 0
+        [row] = [line for line in lines if job_id in line]
+        assert "completed" in row
+        assert model_id in row
+        assert max(map(len, lines)) <= columns
+        assert ("no room for" in lines[-1]) == (columns < 160)
+        _, lines = run_in_terminal(columns, "models", "list", *where)
+        [row] = [line for line in lines if model_id in line]
+        assert job_id in row
+
+
+def test_step_in_a_narrow_terminal_is_one_line(stack, trained):
+    code, lines = run_in_terminal(
+        60, "jobs", "logs", "-f", trained["job"]["id"], "--data-dir", str(stack.data_dir)
+    )
+    assert code == 0
+    after = [lines[index + 1] for index, line in enumerate(lines) if "  step " in line]
+    assert after
+    assert all(line[:8].count(":") == 2 or line.startswith("training") for line in after), lines
 
 
 def test_folder_without_credentials(tmp_path):
@@ -306,6 +400,12 @@ def test_pull(tmp_path):
     again = run_tunery("models", "pull", "tunery-tiny", TUNERY_MODELS_DIR=str(tmp_path))
     assert again.out == f"{tmp_path / 'tunery-tiny'}\n"
     assert_fails(run_tunery("models", "pull", "none"), NOT_FOUND, "none")
+
+
+def test_pull_in_a_terminal_shows_one_spinner(tmp_path):
+    code, lines = run_in_terminal(100, "models", "pull", "tunery-tiny", TUNERY_MODELS_DIR=str(tmp_path))
+    assert code == 0
+    assert {line for line in lines if "pulling tunery-tiny" not in line} == {str(tmp_path / "tunery-tiny")}
 
 
 def test_reader_that_goes_away(stack):
