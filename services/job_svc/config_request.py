@@ -10,14 +10,22 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from job_svc.job_files import ERROR_REPORT_NAME, WANDB_NAME
 from job_svc.job_plan import LARGEST_COUNT, JobPlan
 from job_svc.torchrun_overrides import parse_overrides
 from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import Integer, StrictBody, nearest
-from trainer_svc.engine.run_spec import Extras
+from trainer_svc.engine.run_spec import Extras, Method, check_together
 
 DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_ROWS = 8
@@ -40,17 +48,6 @@ class LoraBody(StrictBody):
     apply_lora_to_output: bool = False
     lora_rank: SmallCount = DEFAULT_RANK
     lora_alpha: Annotated[Integer, Field(ge=1, le=65536)] | None = None
-
-    @field_validator("lora_attn_modules")
-    @classmethod
-    def _check_modules(cls, modules: list[str]) -> list[str]:
-        known = [*ATTENTION_MODULES, "o_proj"]
-        for module in modules:
-            if module not in known:
-                raise ValueError(
-                    f"{module!r} is no attention module{nearest(module, known)}; they are {', '.join(known)}"
-                )
-        return modules
 
     @model_validator(mode="after")
     def _adapts_something(self) -> LoraBody:
@@ -207,11 +204,24 @@ class ConfigBody(StrictBody):
                 "learning_rate": learning_rate,
                 "seed": options.seed,
                 "shuffle": options.shuffle,
-                "extras": _check_extras(options.extras),
+                "extras": self._extras(method),
                 **_overrides(self.overrides),
                 **log,
             },
         )
+
+    def _extras(self, method: dict[str, Any]) -> dict[str, Any]:
+        extras = _check_extras(self.fine_tuning_options.extras)
+        try:
+            check_together(
+                TypeAdapter(Method).validate_python(method),
+                extras,
+                validates=self.validation_data is not None,
+            )
+        except ValueError as error:
+            field = "fine_tuning_options.extras"
+            raise InvalidRequest(f"`{field}`: {error}.", field=field) from error
+        return extras.model_dump(mode="json", exclude_unset=True)
 
 
 def _overrides(text: str) -> dict[str, Any]:
@@ -229,7 +239,7 @@ def _overrides(text: str) -> dict[str, Any]:
     return run
 
 
-def _check_extras(extras: dict[str, Any]) -> dict[str, Any]:
+def _check_extras(extras: dict[str, Any]) -> Extras:
     known = list(Extras.model_fields)
     for name in extras:
         if name not in known:
@@ -244,8 +254,7 @@ def _check_extras(extras: dict[str, Any]) -> dict[str, Any]:
             name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in extras.items()
         }
-        checked = Extras.model_validate(exact, strict=True)
-        return checked.model_dump(mode="json", exclude_unset=True)
+        return Extras.model_validate(exact, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in ("fine_tuning_options.extras", *first["loc"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tarfile
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,8 +17,6 @@ from svc_kit.object_store import ObjectStore
 DEFAULT_LOG_NAME = "log.txt"
 ERROR_REPORT_NAME = "error_report.json"
 WANDB_NAME = "wandb.tar"
-_CHECKPOINT = re.compile(r"checkpoints/epoch-([1-9]\d{0,9})\.tar")
-
 JSON, TEXT, TAR = "application/json", "text/plain; charset=utf-8", "application/x-tar"
 
 
@@ -28,9 +25,10 @@ def log_name(job: sa.Row[Any]) -> str:
     return job.input_config.get("logger", {}).get("filename", DEFAULT_LOG_NAME)
 
 
-def checkpoint_path(epoch: int) -> str:
-    """Returns the path of an epoch's checkpoint among the job's files."""
-    return f"checkpoints/epoch-{epoch}.tar"
+def checkpoint_path(checkpoint: sa.Row[Any]) -> str:
+    """Returns the path of a checkpoint among the job's files."""
+    name = f"epoch-{checkpoint.epoch}" if checkpoint.ends_epoch else f"step-{checkpoint.step}"
+    return f"checkpoints/{name}.tar"
 
 
 class JobFiles:
@@ -56,10 +54,9 @@ class JobFiles:
             return JSON, _plain_report(job)
         if path == WANDB_NAME and job.wandb_prefix and job.status != "cancelled":
             return TAR, self.tar(job.wandb_prefix)
-        if match := _CHECKPOINT.fullmatch(path):
-            for checkpoint in (await self._jobs.checkpoints([job_id]))[job_id]:
-                if checkpoint.epoch == int(match[1]):
-                    return TAR, self.tar(checkpoint.object_prefix)
+        for checkpoint in (await self._jobs.checkpoints([job_id]))[job_id]:
+            if path == checkpoint_path(checkpoint):
+                return TAR, self.tar(checkpoint.object_prefix)
         raise NotFound(f"Job {job_id} has no file {path[:200]!r}.")
 
     async def _log(self, job_id: str) -> AsyncIterator[bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from job_svc.tables import events, jobs
+from job_svc.tables import events, jobs, models
 from svc_kit.database import utc_now
 
 
@@ -62,10 +62,12 @@ async def move(
     """
     assert all(to in SUCCESSORS[status] for status in expected), f"{expected} -> {to} is no transition"
     now = utc_now()
+    if to is not JobStatus.RUNNING:
+        values.update(remaining_seconds=None, estimated_finish=None)
     if to in ENDED:
-        values.update(ended_at=now, remaining_seconds=None)
-    if to is not JobStatus.RUNNING and to not in ENDED:
-        values.update(leased_by=None, lease_token=None, lease_expires_at=None, remaining_seconds=None)
+        values.update(ended_at=now)
+    elif to is not JobStatus.RUNNING:
+        values.update(leased_by=None, lease_token=None, lease_expires_at=None)
     condition = sa.and_(jobs.c.id == job_id, jobs.c.status.in_(expected))
     if under_lease is not None:
         condition = sa.and_(condition, jobs.c.lease_token == under_lease)
@@ -73,6 +75,11 @@ async def move(
     row = (await connection.execute(update.returning(*jobs.c))).one_or_none()
     if row is None:
         return None
+    if to is not JobStatus.COMPLETED:
+        # A model that was being checked comes to nothing with its attempt.
+        await connection.execute(
+            models.delete().where(models.c.job_id == job_id, models.c.status == "deploying")
+        )
     await connection.execute(
         events.insert().values(
             job_id=job_id,

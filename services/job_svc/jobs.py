@@ -15,16 +15,19 @@ from job_svc.job_data_client import JobDataClient
 from job_svc.job_plan import JobPlan
 from job_svc.job_state import ENDED, LIVE, JobStatus, move
 from job_svc.tables import checkpoints, events, jobs
-from svc_kit.catalog import Catalog
+from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.database import Database, utc_now
 from svc_kit.errors import InvalidRequest, JobEnded, NotFound, TuneryError
 from svc_kit.ids import new_id
+from svc_kit.strict_json import nearest
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
 _JOB_ID = re.compile(r"job-[a-z2-7]{20}")
 _LARGEST_OFFSET = 2**31 - 1
+# torchtune's name for the attention's last matrix, whatever transformers calls it.
+OUTPUT_PROJECTION = "output_proj"
 
 
 def check_job_id(job_id: str) -> str:
@@ -63,7 +66,7 @@ class Jobs:
             InvalidRequest: a data URI is not allowed, a dataset is unknown or doesn't fit.
             InsufficientCredits: the balance is below the cost.
         """
-        self._catalog.get(plan.base_model)
+        _check_modules(plan, self._catalog.get(plan.base_model))
         job_id = new_id("job")
         try:
             # A refusal may come after a hold: of columns that don't fit, of the second of two URIs.
@@ -181,11 +184,11 @@ class Jobs:
         return row
 
     async def checkpoints(self, job_ids: list[str]) -> dict[str, list[sa.Row[Any]]]:
-        """Returns jobs' checkpoints by epoch; a job without any has an empty list."""
+        """Returns jobs' checkpoints by step; a job without any has an empty list."""
         found: dict[str, list[sa.Row[Any]]] = {job_id: [] for job_id in job_ids}
         query = checkpoints.select().where(checkpoints.c.job_id.in_(job_ids))
         async with self._database.read() as connection:
-            for row in await connection.execute(query.order_by(checkpoints.c.epoch)):
+            for row in await connection.execute(query.order_by(checkpoints.c.step)):
                 found[row.job_id].append(row)
         return found
 
@@ -202,6 +205,18 @@ def planned_tokens(run: dict[str, Any], size_bytes: float, num_rows: int) -> int
     steps = run["epochs"] * math.ceil(max(num_rows, 1) / rows_per_step)
     share = min(1.0, run.get("max_steps", steps) / steps)
     return math.ceil(credits.estimate_tokens(size_bytes, num_rows) * run["epochs"] * share)
+
+
+def _check_modules(plan: JobPlan, base_model: BaseModelEntry) -> None:
+    """Refuses adapters for matrices that the base model doesn't have, before anything is stored."""
+    known = [OUTPUT_PROJECTION, *base_model.attention_modules]
+    for module in plan.run["method"].get("attn_modules", []):
+        if module not in known:
+            raise InvalidRequest(
+                f"`lora_attn_modules`: {module!r} is no attention module of {base_model.id}"
+                f"{nearest(module, known)}; they are {', '.join(known)}.",
+                field="fine_tuning_options.custom_training_options.lora_attn_modules",
+            )
 
 
 def _check_formats(plan: JobPlan, held: list[data_pb2.HeldData]) -> None:

@@ -180,16 +180,16 @@ class LeaseQueue:
             values = {"next_seq": expected.stop}
             for event in fresh:
                 try:
-                    values |= await self._apply(connection, job_id, event)
+                    values |= await self._apply(connection, row, event)
                 except (KeyError, TypeError, ValueError) as error:
                     message = f"The data of event {event.seq} ({event.kind}) is not complete: {error}."
                     raise InvalidRequest(message, field="events.data") from error
             await connection.execute(jobs.update().where(jobs.c.id == job_id).values(values))
         self._feed.announce(job_topic(job_id))
 
-    async def _apply(self, connection: AsyncConnection, job_id: str, event: RunEvent) -> dict[str, Any]:
+    async def _apply(self, connection: AsyncConnection, job: sa.Row[Any], event: RunEvent) -> dict[str, Any]:
         """Returns the columns of the job that an event changes."""
-        data = event.data
+        job_id, data = job.id, event.data
         match event.kind:
             case "log":
                 return {name: data[name] for name in ("wandb_url", "wandb_prefix") if data.get(name)}
@@ -200,22 +200,51 @@ class LeaseQueue:
                     "training_loss": data["loss"],
                     "tokens_trained": int(data["tokens_trained"]),
                     "remaining_seconds": data["remaining_seconds"],
+                    "estimated_finish": event.time + dt.timedelta(seconds=data["remaining_seconds"]),
                 }
             case "validation":
                 return {"validation_loss": data["loss"]}
             case "checkpoint":
                 await self._keep_checkpoint(connection, job_id, data)
                 return {"epochs_completed": int(data["epochs_completed"]), "faults": 0}
+            case "checkpoint_removed":
+                gone = sa.and_(checkpoints.c.job_id == job_id, checkpoints.c.step == int(data["step"]))
+                await connection.execute(checkpoints.delete().where(gone))
+            case "deploying":
+                await self._put_model(connection, job, data["object_prefix"], "deploying")
         return {}
 
     async def _keep_checkpoint(self, connection: AsyncConnection, job_id: str, data: dict[str, Any]) -> None:
-        values = {"step": int(data["step"]), "object_prefix": data["object_prefix"]}
+        values = {
+            "epoch": int(data["epoch"]),
+            "ends_epoch": bool(data["ends_epoch"]),
+            "object_prefix": data["object_prefix"],
+        }
         insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        # A resumed attempt may write an epoch's checkpoint again; the newest counts.
+        # A resumed attempt may write a step's checkpoint again; the newest counts.
         await connection.execute(
             insert(checkpoints)
-            .values(job_id=job_id, epoch=int(data["epoch"]), **values)
-            .on_conflict_do_update(index_elements=["job_id", "epoch"], set_=values)
+            .values(job_id=job_id, step=int(data["step"]), **values)
+            .on_conflict_do_update(index_elements=["job_id", "step"], set_=values)
+        )
+
+    async def _put_model(
+        self, connection: AsyncConnection, job: sa.Row[Any], object_prefix: str, status: str
+    ) -> None:
+        """Makes a job's model, or changes its status: it keeps its id on the way from one to the next."""
+        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
+        values = {"object_prefix": object_prefix, "status": status, "created_at": utc_now()}
+        await connection.execute(
+            insert(models)
+            .values(
+                id=_model_id(job),
+                account_id=job.account_id,
+                base_model=job.base_model,
+                job_id=job.id,
+                method=job.run["method"]["kind"],
+                **values,
+            )
+            .on_conflict_do_update(index_elements=["job_id"], set_=values)
         )
 
     async def complete(self, job_id: str, lease_token: str, result: RunResult) -> None:
@@ -244,18 +273,7 @@ class LeaseQueue:
                 return
             charged = await credits.settle(connection, row, self._price.of(result.tokens_trained))
             await connection.execute(jobs.update().where(jobs.c.id == job_id).values(credits_charged=charged))
-            await connection.execute(
-                models.insert().values(
-                    id=_model_id(row),
-                    account_id=row.account_id,
-                    base_model=row.base_model,
-                    job_id=job_id,
-                    method=row.run["method"]["kind"],
-                    object_prefix=result.object_prefix,
-                    status="available",
-                    created_at=utc_now(),
-                )
-            )
+            await self._put_model(connection, row, result.object_prefix, "available")
         self._feed.announce(job_topic(job_id), SWEEP)
 
     async def _accept_repeated_end(

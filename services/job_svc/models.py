@@ -21,9 +21,9 @@ class Models:
         self._database = database
         self._sweeper = sweeper
 
-    async def available(self, account_id: str) -> list[sa.Row[Any]]:
-        """Returns the available models, newest first."""
-        own = sa.and_(models.c.account_id == account_id, models.c.status == "available")
+    async def listed(self, account_id: str) -> list[sa.Row[Any]]:
+        """Returns the models that are available or about to be, newest first."""
+        own = sa.and_(models.c.account_id == account_id, models.c.status != "deleted")
         async with self._database.read() as connection:
             return list(await connection.execute(models.select().where(own).order_by(models.c.number.desc())))
 
@@ -31,14 +31,18 @@ class Models:
         """Returns an available model.
 
         Raises:
-            NotFound: the account has no such model, or it is deleted.
+            NotFound: the account has no such model, it is deleted, or still being checked.
         """
         if model_id.isascii() and model_id.isprintable() and len(model_id) <= _LONGEST_ID:
             query = models.select().where(
-                models.c.id == model_id, models.c.account_id == account_id, models.c.status == "available"
+                models.c.id == model_id, models.c.account_id == account_id, models.c.status != "deleted"
             )
             async with self._database.read() as connection:
                 row = (await connection.execute(query)).one_or_none()
+            if row is not None and row.status == "deploying":
+                raise NotFound(
+                    f"Model {model_id} is still being checked; it is available once its job is completed."
+                )
             if row is not None:
                 return row
         raise NotFound(f"There is no model {model_id[:100]!r}.")
@@ -53,7 +57,7 @@ class Models:
         """Deletes a model, its artifact, and the checkpoints that hold the same weights.
 
         Raises:
-            NotFound: the account has no such model, or it is deleted.
+            NotFound: as of `get`; the job of a model that is still being checked can be cancelled.
         """
         model = await self.get(account_id, model_id)
         async with self._database.write() as connection:

@@ -125,8 +125,7 @@ class FineTuningServicer(fine_tuning_service_pb2_grpc.FineTuningServiceServicer)
 
     async def _view(self, job: sa.Row[Any]) -> fine_tuning_pb2.FineTuningJob:
         found = (await self._jobs.checkpoints([job.id]))[job.id]
-        epochs = [checkpoint.epoch for checkpoint in found]
-        return views.fine_tuning_job_message(job, epochs, self._public_url)
+        return views.fine_tuning_job_message(job, found, self._public_url)
 
     async def _submit(self, body: dict[str, Any]) -> fine_tuning_pb2.FineTuningJob:
         plan = validate(ConfigBody, body).plan(body)
@@ -185,7 +184,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     async def ListFineTunedModels(
         self, request: model_service_pb2.ListFineTunedModelsRequest, context: Any
     ) -> model_pb2.FineTunedModelList:
-        found = await self._models.available(_account_id())
+        found = await self._models.listed(_account_id())
         return model_pb2.FineTunedModelList(data=[views.model_message(model) for model in found])
 
     async def DeleteFineTunedModel(

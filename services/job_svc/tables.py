@@ -46,6 +46,7 @@ jobs = sa.Table(
     sa.Column("validation_loss", sa.Float),
     sa.Column("tokens_trained", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("remaining_seconds", sa.Float),
+    sa.Column("estimated_finish", UtcTime),
     # How it ended.
     sa.Column("error", sa.Text),
     sa.Column("fault", sa.String(16)),
@@ -75,8 +76,9 @@ checkpoints = sa.Table(
     "checkpoints",
     metadata,
     sa.Column("job_id", sa.String(40), sa.ForeignKey("jobs.id"), primary_key=True),
-    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("ends_epoch", sa.Boolean, nullable=False),
     sa.Column("object_prefix", sa.Text, nullable=False),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 
@@ -9,11 +10,16 @@ from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import nearest
 
 MAX_PROCESSES = 64
+_RDZV_TIMEOUT = r"(timeout|join_timeout|last_call_timeout|close_timeout|read_timeout)=\d{1,5}"
 MAX_RESTARTS = 10
 
 
 def _whole_number(lowest: int, highest: int) -> Callable[[str], bool]:
     return lambda text: text.isascii() and text.isdigit() and lowest <= int(text) <= highest
+
+
+def _matches(pattern: str) -> Callable[[str], bool]:
+    return lambda text: re.fullmatch(pattern, text) is not None
 
 
 # Option -> (what it takes, in words; the check).
@@ -23,6 +29,18 @@ ALLOWED: dict[str, tuple[str, Callable[[str], bool]]] = {
     "--max_restarts": (
         f"a number from 0 to {MAX_RESTARTS}: how often a run that died goes on from its last checkpoint",
         _whole_number(0, MAX_RESTARTS),
+    ),
+    "--rdzv_backend": ("c10d", _matches("c10d")),
+    "--rdzv_id": ("at most 64 of A-Z a-z 0-9 . _ -", _matches(r"[A-Za-z0-9._-]{1,64}")),
+    # Another host would be one that the trainer can reach and its user perhaps not.
+    "--rdzv_endpoint": (
+        "localhost:PORT or 127.0.0.1:PORT, since a job trains on one machine",
+        _matches(r"(localhost|127\.0\.0\.1):\d{1,5}"),
+    ),
+    "--rdzv_conf": (
+        "NAME=SECONDS with commas between, of timeout, join_timeout, last_call_timeout, close_timeout and "
+        "read_timeout",
+        _matches(rf"{_RDZV_TIMEOUT}(,{_RDZV_TIMEOUT})*"),
     ),
 }
 

@@ -61,6 +61,7 @@ def details_message(job: sa.Row[Any], model_id: str | None) -> job_pb2.JobDetail
         attempts=job.attempts,
         total_steps=job.total_steps,
         remaining_seconds=job.remaining_seconds,
+        estimated_finish=timestamp(job.estimated_finish),
         tokens_trained=job.tokens_trained,
         credits_held=_credits(job.credits_held),
         credits_charged=_credits(job.credits_charged),
@@ -72,7 +73,7 @@ def _credits(amount: int | None) -> float | None:
 
 
 def fine_tuning_job_message(
-    job: sa.Row[Any], epochs: list[int], public_url: str
+    job: sa.Row[Any], checkpoints: list[sa.Row[Any]], public_url: str
 ) -> fine_tuning_service_pb2.FineTuningJob:
     """Returns the job as the second contract shows it."""
     files = f"{public_url}/fine_tuning/jobs/{job.id}/files/"
@@ -83,7 +84,7 @@ def fine_tuning_job_message(
         finished_at=timestamp(job.ended_at),
         status=_SECOND_STATUS[JobStatus(job.status)],
         error_path=files + job_files.ERROR_REPORT_NAME if job.status == JobStatus.FAILED else None,
-        checkpoints=[files + job_files.checkpoint_path(epoch) for epoch in epochs],
+        checkpoints=[files + job_files.checkpoint_path(checkpoint) for checkpoint in checkpoints],
         logs=job.wandb_url or files + job_files.log_name(job),
         input_config=config,
         metadata=config.metadata if config.HasField("metadata") else None,
@@ -101,6 +102,7 @@ def log_record(event: sa.Row[Any]) -> job_pb2.LogRecord:
                 if field.type == field.TYPE_INT32
                 else event.data[name]
                 for name, field in fields.items()
+                if name in event.data
             }
         )
     return job_pb2.LogRecord(

@@ -84,6 +84,7 @@ class BaseModelEntry(BaseModel):
         context_length: the longest row that the model can read, in tokens.
         licence: SPDX identifier in lower case, as the Hugging Face hub writes it.
         description: one sentence for people.
+        attention_modules: the attention's matrices, by transformers' names; LoRA can adapt each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +95,7 @@ class BaseModelEntry(BaseModel):
     context_length: int = Field(gt=0)
     licence: str
     description: str
+    attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     @field_validator("source")
     @classmethod

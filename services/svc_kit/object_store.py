@@ -189,6 +189,14 @@ class ObjectStore:
         """Removes an object. One that isn't there is no error."""
         await asyncio.to_thread(self._client.remove_object, self.bucket, key)
 
+    async def delete_prefix(self, prefix: str) -> None:
+        """Removes every object under a prefix.
+
+        Raises:
+            MinioException: the store refused to remove one.
+        """
+        await self.delete_all([stored.key for stored in await self.list(prefix)])
+
     async def delete_all(self, keys: Iterable[str]) -> None:
         """Removes objects, a thousand a request. Those that aren't there are no error.
 

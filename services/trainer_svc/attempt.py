@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from svc_kit.object_store import ObjectStore
 from trainer_svc.base_models import is_pulled, pull
 from trainer_svc.event_reporter import EventReporter, JobServiceClient
 from trainer_svc.launcher import RunProcess
+from trainer_svc.memory_watch import MemoryFull, MemoryWatch
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
 log = structlog.get_logger(__name__)
@@ -60,7 +62,9 @@ class Attempt:
         self._folder = folder
         self._reporter = EventReporter(client, lease)
         self._process: RunProcess | None = None
-        self._checkpoints: list[asyncio.Task[None]] = []
+        self._output_dir = folder  # each run of the engine has one of its own below it
+        self._newest_checkpoint: Path | None = None
+        self._transfers: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
         """Trains the job and ends the attempt at job_svc.
@@ -102,9 +106,9 @@ class Attempt:
             return RunFailed(f"the trainer failed ({type(error).__name__}: {error})", "platform")
         finally:
             await self._stop()  # first of all: what follows may wait for a transfer's end
-            for task in (training, *keepers, *self._checkpoints):
+            for task in (training, *keepers, *self._transfers):
                 task.cancel()
-            await asyncio.gather(training, *keepers, *self._checkpoints, return_exceptions=True)
+            await asyncio.gather(training, *keepers, *self._transfers, return_exceptions=True)
 
     async def _renew(self) -> None:
         request = worker_pb2.RenewLeaseRequest(job_id=self._lease.job_id, lease_token=self._lease.lease_token)
@@ -129,30 +133,83 @@ class Attempt:
             log.info("job_svc had ended the attempt already", job_id=self._lease.job_id, cause=error.message)
 
     async def _train(self) -> worker_pb2.Completed:
-        spec_file = await self._prepare()
-        run = self._lease.run
+        spec = await self._prepare()
+        for number in itertools.count(1):
+            self._output_dir = self._folder / f"output-{number}"
+            try:
+                return await self._run(spec)
+            except MemoryFull as full:
+                await self._settle()
+                spec |= {"tokens_per_pass": full.tokens_per_pass}
+                if self._newest_checkpoint is not None:
+                    spec["resume_from"] = str(self._newest_checkpoint)
+                self._reporter.add(
+                    "log",
+                    f"{full}; the run goes on from its last checkpoint in passes of at most "
+                    f"{full.tokens_per_pass} tokens, which changes no result",
+                    None,
+                    {"tokens_per_pass": full.tokens_per_pass},
+                )
+        raise AssertionError("the loop has no end")
+
+    async def _run(self, spec: dict[str, Any]) -> worker_pb2.Completed:
+        """Runs the engine once and takes what it tells.
+
+        Raises:
+            RunFailed: the run failed or its process died.
+            MemoryFull: it ran out of memory, and smaller passes may help.
+        """
+        spec |= {"output_dir": str(self._output_dir), "readback_dir": str(self._output_dir / "readback")}
+        spec_file = self._folder / "run_spec.json"
+        spec_file.write_text(json.dumps(spec), encoding="utf-8")
+        memory = MemoryWatch()
         self._process = RunProcess.start(
-            spec_file, list(run.torchrun_arguments), self._folder / "process.log"
+            spec_file, list(self._lease.run.torchrun_arguments), self._folder / "process.log"
         )
         async for event in self._events():
+            memory.note(event)
             match event["kind"]:
                 case "finished":
-                    return await self._store_model(event)
+                    return await self._complete(event)
                 case "failed":
+                    if event["fault"] == "memory":
+                        raise MemoryFull(event["message"], event["tokens_per_pass"])
                     await self._settle()
                     raise RunFailed(event["message"], event["fault"])
                 case "checkpoint":
-                    former = self._checkpoints[-1] if self._checkpoints else None
-                    storing = self._store_checkpoint(event, former)
-                    self._checkpoints.append(asyncio.create_task(storing))
+                    self._transfer(self._store_checkpoint(event))
+                case "checkpoint_removed":
+                    self._transfer(self._remove_checkpoint(event))
+                case "artifact":
+                    await self._store_model(event)
                 case _:
                     self._report(event)
+        if memory.kernel_has_killed:
+            if memory.smaller_passes is not None:
+                raise MemoryFull("the memory is full, and the kernel killed the run", memory.smaller_passes)
+            await self._settle()
+            raise RunFailed(
+                "the memory is too small even for one row at a time; lower max_sequence_length, or train a "
+                "smaller base model",
+                "job",
+            )
         await self._settle()
         raise RunFailed(f"the training process died: {self._process.last_words()}", "platform")
 
+    def _transfer(self, transfer: Coroutine[Any, Any, None]) -> None:
+        """Starts a transfer to the store once those before it are done."""
+        former = self._transfers[-1] if self._transfers else None
+
+        async def in_turn() -> None:
+            if former is not None:
+                await former
+            await transfer
+
+        self._transfers.append(asyncio.create_task(in_turn()))
+
     async def _settle(self) -> None:
         """Waits until what the run wrote is stored and reported, its checkpoints included."""
-        await asyncio.gather(*self._checkpoints)
+        await asyncio.gather(*self._transfers)
         await self._store_wandb()
         await self._reporter.drained()
 
@@ -167,8 +224,8 @@ class Attempt:
         await _patiently(partial(self._store.put_folder, prefix, folder))
         self._reporter.add("log", "files of Weights & Biases stored", None, {"wandb_prefix": prefix})
 
-    async def _prepare(self) -> Path:
-        """Fetches what the run needs and writes its specification."""
+    async def _prepare(self) -> dict[str, Any]:
+        """Fetches what the run needs, and returns its specification but for where its output goes."""
         lease, run = self._lease, self._lease.run
         entry = self._catalog.get(run.base_model)
         if not is_pulled(entry, self._models_dir):
@@ -176,7 +233,9 @@ class Attempt:
         base_model_dir = await asyncio.to_thread(pull, entry, self._models_dir)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        spec = _plain_numbers(json_format.MessageToDict(run, preserving_proto_field_name=True))
+        spec: dict[str, Any] = _plain_numbers(
+            json_format.MessageToDict(run, preserving_proto_field_name=True)
+        )
         for not_the_engines in ("torchrun_arguments", "max_restarts"):
             spec.pop(not_the_engines, None)
         spec |= {
@@ -184,7 +243,7 @@ class Attempt:
             "base_model_id": spec.pop("base_model"),
             "base_model_licence": entry.licence,
             "training_file": str(await self._fetch(lease.training_key, "training.jsonl")),
-            "output_dir": str(self._output_dir),
+            "leaves_removed_checkpoints": True,  # to be removed from the store as well, and in turn
         }
         if lease.HasField("validation_key"):
             spec["validation_file"] = str(await self._fetch(lease.validation_key, "validation.jsonl"))
@@ -192,13 +251,7 @@ class Attempt:
             resume_from = self._folder / "resume"
             await _patiently(partial(self._store.get_folder, lease.resume_prefix, resume_from))
             spec["resume_from"] = str(resume_from)
-        spec_file = self._folder / "run_spec.json"
-        spec_file.write_text(json.dumps(spec), encoding="utf-8")
-        return spec_file
-
-    @property
-    def _output_dir(self) -> Path:
-        return self._folder / "output"
+        return spec
 
     async def _fetch(self, key: str, name: str) -> Path:
         path = self._folder / name
@@ -231,30 +284,52 @@ class Attempt:
         data = {key: value for key, value in event.items() if key not in ("time", "kind", "message")}
         self._reporter.add(event["kind"], event["message"], time, data)
 
-    async def _store_checkpoint(self, event: dict[str, Any], former: asyncio.Task[None] | None) -> None:
-        if former is not None:
-            await former
-        prefix = f"{self._lease.attempt_prefix}{event['path']}/"
-        await _patiently(partial(self._store.put_folder, prefix, self._output_dir / event["path"]))
-        data = {key: event[key] for key in ("epoch", "step", "tokens_trained", "epochs_completed")}
-        message = f"checkpoint of epoch {event['epoch']} stored"
-        self._reporter.add("checkpoint", message, None, data | {"object_prefix": prefix})
-        shutil.rmtree(self._output_dir / event["path"])
+    async def _store_checkpoint(self, event: dict[str, Any]) -> None:
+        prefix, folder = f"{self._lease.attempt_prefix}{event['path']}/", self._output_dir / event["path"]
+        await _patiently(partial(self._store.put_folder, prefix, folder))
+        names = ("epoch", "step", "ends_epoch", "tokens_trained", "epochs_completed")
+        message = event["message"].replace("written", "stored")
+        data = {name: event[name] for name in names} | {"object_prefix": prefix}
+        self._reporter.add("checkpoint", message, None, data)
+        # The newest stays: a run that diverges goes back to it.
+        if self._newest_checkpoint is not None and self._newest_checkpoint != folder:
+            shutil.rmtree(self._newest_checkpoint)
+        self._newest_checkpoint = folder
 
-    async def _store_model(self, event: dict[str, Any]) -> worker_pb2.Completed:
+    async def _remove_checkpoint(self, event: dict[str, Any]) -> None:
+        self._report(event)
+        await self._reporter.drained()  # the row goes before its bytes
+        prefix = f"{self._lease.attempt_prefix}{event['path']}/"
+        await _patiently(partial(self._store.delete_prefix, prefix))
+
+    async def _store_model(self, event: dict[str, Any]) -> None:
+        """Stores the model, and reads it back for the engine to hold it against what it trained."""
+        await asyncio.gather(*self._transfers)
+        await _patiently(
+            partial(self._store.put_folder, self._artifact_prefix, self._output_dir / event["path"])
+        )
+        self._reporter.add(
+            "deploying", "model stored, and now checked", None, {"object_prefix": self._artifact_prefix}
+        )
+        partial_readback = self._output_dir / "readback.partial"
+        await _patiently(partial(self._store.get_folder, self._artifact_prefix, partial_readback))
+        partial_readback.rename(self._output_dir / "readback")
+
+    async def _complete(self, event: dict[str, Any]) -> worker_pb2.Completed:
+        self._reporter.add("log", event["message"], None, {"parity_difference": event["parity_difference"]})
         await self._settle()
-        prefix = f"{self._lease.attempt_prefix}artifact/"
-        await _patiently(partial(self._store.put_folder, prefix, self._output_dir / event["path"]))
-        self._reporter.add("log", "model stored", None, {})
-        await self._reporter.drained()
         return worker_pb2.Completed(
-            object_prefix=prefix,
+            object_prefix=self._artifact_prefix,
             training_loss=event["training_loss"],
             validation_loss=event["validation_loss"],
             steps=event["steps"],
             epochs_completed=event["epochs_completed"],
             tokens_trained=event["tokens_trained"],
         )
+
+    @property
+    def _artifact_prefix(self) -> str:
+        return f"{self._lease.attempt_prefix}artifact/"
 
 
 async def _patiently(transfer: Callable[[], Awaitable[None]]) -> None:

@@ -34,7 +34,10 @@ class RunProcess:
             torchrun_arguments: checked options, such as `--nproc_per_node=2`.
             log_file: gets what the processes print.
         """
-        defaults = ["--standalone", "--nproc_per_node=1", "--max_restarts=0"]
+        defaults = ["--nproc_per_node=1", "--max_restarts=0"]
+        if not any(argument.startswith("--rdzv_endpoint") for argument in torchrun_arguments):
+            # A rendezvous at a free port. torchrun's --standalone would overrule the other rdzv options.
+            defaults += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
         command = dying_with_this_process(
             *(sys.executable, "-P", "-m", "torch.distributed.run", *defaults, *torchrun_arguments),
             *("-m", "trainer_svc.engine", str(spec_file)),

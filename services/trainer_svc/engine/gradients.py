@@ -17,13 +17,10 @@ from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import Pack, group_rows, make_pack
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed, rank_share
-from trainer_svc.engine.run_spec import RunSpec
+from trainer_svc.engine.run_spec import TOKENS_PER_PASS, RunSpec
 from trainer_svc.engine.setup import Workload
 
 _T = TypeVar("_T")
-
-# By device. Past this a pack's matrix products gain nothing, and its activations are what fills the memory.
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from trainer_svc.engine.errors import JobFault
 # The names that the engine itself writes into an artifact; a log file can't take one.
 _ARTIFACT_FILE_ENDINGS = (".safetensors", ".json", ".jinja", ".md", ".model")
 
+# By device. Past this a pass's matrix products gain nothing, and its activations are what fills the memory.
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192}
+
 
 class _Spec(BaseModel):
     # NaN and infinity would pass the bounds below (nan > 0 is false, but inf > 0 is true).

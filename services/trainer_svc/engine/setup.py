@@ -20,7 +20,7 @@ from trainer_svc.engine.optimizer import make_optimizer
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed
 from trainer_svc.engine.rows import file_sha256
-from trainer_svc.engine.run_spec import FullMethod, LoraMethod, RunSpec
+from trainer_svc.engine.run_spec import TOKENS_PER_PASS, FullMethod, LoraMethod, RunSpec
 from trainer_svc.engine.sharding import decoder_layers, shard
 
 
@@ -219,6 +219,8 @@ def _log_facts(workload: Workload, spec: RunSpec, group: ProcessGroup, events: E
         device=group.device.type,
         dtype=dtype,
         processes=group.world_size,
+        tokens_per_pass=spec.tokens_per_pass or TOKENS_PER_PASS[group.device.type],
+        longest_row_tokens=max(example.num_tokens for example in workload.training.examples),
     )
     events.log(
         f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch · "

@@ -25,7 +25,14 @@ STEP = {
     "tokens_per_second": 50.0,
     "remaining_seconds": 6.0,
 }
-CHECKPOINT = {"epoch": 1, "step": 2, "tokens_trained": 200, "epochs_completed": 1, "object_prefix": "x/"}
+CHECKPOINT = {
+    "epoch": 1,
+    "step": 2,
+    "ends_epoch": True,
+    "tokens_trained": 200,
+    "epochs_completed": 1,
+    "object_prefix": "x/",
+}
 
 
 def event(seq: int, kind: str = "log", **data: Any) -> worker_pb2.Event:

@@ -49,6 +49,7 @@ def upgrade() -> None:
         sa.Column("validation_loss", sa.Float(), nullable=True),
         sa.Column("tokens_trained", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("remaining_seconds", sa.Float(), nullable=True),
+        sa.Column("estimated_finish", sa.DateTime(timezone=True), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("fault", sa.String(length=16), nullable=True),
         sa.Column("error_report_key", sa.Text(), nullable=True),
@@ -66,14 +67,15 @@ def upgrade() -> None:
     op.create_table(
         "checkpoints",
         sa.Column("job_id", sa.String(length=40), nullable=False),
-        sa.Column("epoch", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("step", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("epoch", sa.Integer(), nullable=False),
+        sa.Column("ends_epoch", sa.Boolean(), nullable=False),
         sa.Column("object_prefix", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"],
             ["jobs.id"],
         ),
-        sa.PrimaryKeyConstraint("job_id", "epoch"),
+        sa.PrimaryKeyConstraint("job_id", "step"),
     )
     op.create_table(
         "credit_entries",
