@@ -42,7 +42,11 @@ _TIMEOUT_SECONDS = {
     "/tunery.inference.v1.ChatService/CreateChatCompletion": CHAT_SECONDS,
 }
 # Silent for as long as a job trains without a line.
-_TAILS = ("/tunery.job.v1.JobService/TailLogs", "/tunery.job.v1.FineTuningService/TailJob")
+_TAILS = (
+    "/tunery.job.v1.JobService/TailLogs",
+    "/tunery.job.v1.JobService/StreamMetrics",
+    "/tunery.job.v1.FineTuningService/TailJob",
+)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,13 @@ class LogStream:
         self._database = database
         self._feed = feed
 
-    async def follow(self, job_id: str, after_seq: int) -> AsyncIterator[list[sa.Row[Any]]]:
-        """Yields the lines after `after_seq` as they come, each once and in order, until the last of all."""
+    async def follow(
+        self, job_id: str, after_seq: int, *, stored_only: bool = False
+    ) -> AsyncIterator[list[sa.Row[Any]]]:
+        """Yields the lines after `after_seq` as they come, each once and in order, until the last of all.
+
+        With `stored_only` it ends with what is stored.
+        """
         with self._feed.subscribe(job_topic(job_id)) as changes:
             while True:
                 changes.clear()
@@ -38,6 +43,8 @@ class LogStream:
                 elif await self._is_over(job_id, after_seq):
                     return
                 if len(page) < PAGE_LINES:
+                    if stored_only:
+                        return
                     await changes.wait(_POLL_SECONDS)
 
     async def _is_over(self, job_id: str, after_seq: int) -> bool:

@@ -113,6 +113,18 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             for event in page:
                 yield views.log_record(event)
 
+    async def StreamMetrics(
+        self, request: job_service_pb2.StreamMetricsRequest, context: Any
+    ) -> AsyncIterator[job_pb2.Metric]:
+        if request.after_seq < 0:
+            raise InvalidRequest("`after_seq` must be 0 or more.", field="after_seq")
+        job = await self._jobs.get(_account_id(), request.job_id)
+        await context.send_initial_metadata(NDJSON)
+        async for page in self._logs.follow(job.id, request.after_seq, stored_only=request.stored_only):
+            for event in page:
+                if event.kind in views.METRIC_KINDS:
+                    yield views.metric(event)
+
 
 class FineTuningServicer(fine_tuning_service_pb2_grpc.FineTuningServiceServicer):
     """tunery.job.v1.FineTuningService."""

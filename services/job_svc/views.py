@@ -15,6 +15,16 @@ from tunery.job.v1 import credit_service_pb2, fine_tuning_service_pb2, job_pb2, 
 
 # Words of the first contract, which knows no `validation`, and of the second, which says `success`.
 _FIRST_STATUS = {status: status.value for status in JobStatus} | {JobStatus.VALIDATION: "queued"}
+_STEP_NUMBERS = (
+    "learning_rate",
+    "grad_norm",
+    "tokens_trained",
+    "tokens_per_second",
+    "remaining_seconds",
+    "peak_memory_bytes",
+    "padding_share",
+    "matrix_peak_share",
+)
 _SECOND_STATUS = {status: status.value for status in JobStatus} | {JobStatus.COMPLETED: "success"}
 
 
@@ -108,6 +118,28 @@ def log_record(event: sa.Row[Any]) -> job_pb2.LogRecord:
     return job_pb2.LogRecord(
         seq=event.seq, time=timestamp(event.time), kind=event.kind, message=event.message, step=step
     )
+
+
+METRIC_KINDS = ("step", "validation")
+
+
+def metric(event: sa.Row[Any]) -> job_pb2.Metric:
+    """Returns what a step or a measurement of the validation loss tells in numbers."""
+    data = event.data
+    shown = job_pb2.Metric(
+        seq=min(event.seq, LARGEST_COUNT),
+        time=timestamp(event.time),
+        step=min(int(data["step"]), LARGEST_COUNT),
+        epoch=min(int(data["epoch"]), LARGEST_COUNT),
+    )
+    if event.kind == "validation":
+        shown.validation_loss = data["loss"]
+        return shown
+    shown.training_loss = data["loss"]
+    for name in _STEP_NUMBERS:
+        if name in data:
+            setattr(shown, name, data[name])
+    return shown
 
 
 def log_lines(page: list[sa.Row[Any]]) -> fine_tuning_service_pb2.LogLines:

@@ -78,6 +78,11 @@ DEFAULTS = {
     "custom_training_options": "LoRA with its defaults",
     "max_steps": "no such end",
     "max_sequence_length": "the model's context",
+    "packing": "on where the model can",
+    "eval_every_steps": "each epoch's end",
+    "checkpoint_every_steps": "each epoch's end",
+    "keep_checkpoints": "each epoch's",
+    "early_stopping_patience": "trains to the end",
 }
 
 
