@@ -45,7 +45,9 @@ class ServerSettings(TunerySettings):
     identity_dir: Path = Field(
         description="Folder of identity keys: NAME.pub of every issuer, NAME.key of this service."
     )
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: str = Field(
+        "INFO", pattern="(?i)^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR."
+    )
 
 
 class DatabaseSettings(TunerySettings):

@@ -41,6 +41,8 @@ def test_each_missing_variable_is_named_on_a_line_without_the_others_values(modu
 def test_a_wrong_value_is_told_of() -> None:
     lines = told("dataset_svc", TUNERY_MAX_UPLOAD_BYTES="much")
     assert any("TUNERY_MAX_UPLOAD_BYTES: Input should be a valid integer" in line for line in lines)
+    lines = told("inference_svc", TUNERY_LOG_LEVEL="LOUD")
+    assert any(line.startswith("TUNERY_LOG_LEVEL: ") and "DEBUG" in line for line in lines)
     lines = told("gateway", TUNERY_GATEWAY_LISTEN="localhost:80")
     assert any("TUNERY_GATEWAY_LISTEN: 'localhost:80': the host must be an IP" in line for line in lines)
 
