@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gateway.binary import envoy_command
 from gateway.render import GatewaySettings, render
+from svc_kit.settings import read_environment
 
 _DESCRIPTORS = Path(__file__).parent.parent / "tunery" / "descriptors.pb"
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gateway", description=main.__doc__)
     parser.add_argument("--print", action="store_true", help="print Envoy's configuration and end")
     arguments = parser.parse_args()
-    configuration = render(GatewayEnvironment())
+    configuration = render(read_environment(GatewayEnvironment))
     if arguments.print:
         print(configuration)
         return

@@ -61,7 +61,8 @@ class EmbeddedS3:
         self.command = (
             str(binary),
             "mini",
-            f"-dir={data}",
+            # From the working folder: in a path, a comma would begin another folder.
+            f"-dir=../{data.name}",
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             f"-s3.config={users}",

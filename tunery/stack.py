@@ -85,10 +85,15 @@ def plan_stack(data_dir: Path, port: int, environment: Mapping[str, str], weed: 
 def _keep_credentials(data_dir: Path, url: str, environment: Mapping[str, str]) -> Credentials:
     if (data_dir / FILE_NAME).exists():
         api_key = read_credentials(data_dir).api_key
-    else:
+    elif not (api_key := environment.get("TUNERY_FIRST_API_KEY", "")):
+        if (data_dir / "db" / "authz.sqlite").exists():
+            raise SetUpError(
+                f"{data_dir / FILE_NAME} is missing, and of the first account's key only a hash is kept; put "
+                "the file back, or set TUNERY_FIRST_API_KEY to the key"
+            )
         from gateway.authz.accounts import new_api_key  # brings SQLAlchemy, for the first start only
 
-        api_key = environment.get("TUNERY_FIRST_API_KEY") or new_api_key()
+        api_key = new_api_key()
     credentials = Credentials(url, api_key)
     write_credentials(data_dir, credentials)
     return credentials
@@ -143,7 +148,7 @@ def _service_process(
 ) -> ProcessSpec:
     own = {"TUNERY_LISTEN": addresses[name]}
     if not shared.get("TUNERY_DATABASE_URL"):
-        own["TUNERY_DATABASE_URL"] = f"sqlite+aiosqlite:///{data_dir / 'db' / f'{name}.sqlite'}"
+        own["TUNERY_DATABASE_URL"] = _sqlite_url(data_dir / "db" / f"{name}.sqlite")
     environment = {**shared, **own}
     if name != "authz":
         del environment["TUNERY_FIRST_API_KEY"]
@@ -155,6 +160,12 @@ def _service_process(
         data_dir / "logs" / f"{name}.log",
         _STOP_STAGE.get(name, _SERVICES_STOP_STAGE),
     )
+
+
+def _sqlite_url(path: Path) -> str:
+    # As they are, these would end the path, or stand for another character.
+    escapes = {ord(character): f"%{ord(character):02X}" for character in "%?#"}
+    return f"sqlite+aiosqlite:///{str(path).translate(escapes)}"
 
 
 def _gateway_process(

@@ -17,6 +17,7 @@ from svc_kit.database import Database, migrate
 from svc_kit.identity import Issuer, Verifier
 from svc_kit.log import configure_log
 from svc_kit.server import connect, serve
+from svc_kit.settings import read_environment
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -44,7 +45,7 @@ async def run(settings: AuthzSettings) -> None:
 
 def main() -> None:
     """Migrates, then serves."""
-    settings = AuthzSettings()
+    settings = read_environment(AuthzSettings)
     configure_log("authz", settings.log_level)
     migrate(settings.database_url.get_secret_value(), MIGRATIONS, metadata)
     asyncio.run(run(settings))

@@ -17,6 +17,7 @@ from svc_kit.identity import Issuer, Verifier
 from svc_kit.log import configure_log
 from svc_kit.object_store import ObjectStore
 from svc_kit.server import ServedService, connect, make_server, serve
+from svc_kit.settings import read_environment
 from tunery.dataset.v1 import dataset_service_pb2_grpc, job_data_service_pb2_grpc
 from tunery.job.v1.job_service_pb2_grpc import JobLifeServiceStub
 
@@ -57,6 +58,6 @@ async def main(settings: DatasetSettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = DatasetSettings()
+    settings = read_environment(DatasetSettings)
     configure_log("dataset_svc", settings.log_level)
     asyncio.run(main(settings))

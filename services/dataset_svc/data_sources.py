@@ -73,8 +73,11 @@ class DataSources:
         Raises:
             UnsupportedDataUri: its kind, host, bucket, key or folder is not allowed.
         """
-        if len(uri) > _LONGEST_URI or not uri.isprintable():
-            raise UnsupportedDataUri(f"A data URI is at most {_LONGEST_URI} printable characters.")
+        # `urlsplit` would pass over spaces at the start, and whoever fetches would not.
+        if len(uri) > _LONGEST_URI or not uri.isprintable() or uri != uri.strip():
+            raise UnsupportedDataUri(
+                f"A data URI is at most {_LONGEST_URI} printable characters, without spaces around it."
+            )
         try:
             parts = urlsplit(uri)
             port = parts.port

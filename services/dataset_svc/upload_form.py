@@ -204,7 +204,7 @@ class UploadForm:
         if len(name) > self._max_name_chars:
             raise self._name_too_long()
         name = name.strip()
-        if _has_control_character(name):
+        if has_control_character(name):
             raise InvalidRequest(
                 'The field "name" contains a line break or another control character. Remove it.',
                 field="name",
@@ -271,12 +271,12 @@ def _filename(parameters: dict[str, str]) -> str:
         filename = _BROWSER_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), plain)
     else:
         raise MalformedUpload('The part "file" has no filename. Send it as a file.', field="file")
-    base_name = re.split(r"[/\\]", filename)[-1].strip()
+    base_name = base_name_of(filename)
     if not filename.strip():
         raise MalformedUpload('The filename of the part "file" is empty. Choose a file.', field="file")
     if base_name in ("", ".", ".."):
         raise InvalidRequest('The filename of the part "file" names a folder.', field="file")
-    if _has_control_character(base_name):
+    if has_control_character(base_name):
         raise InvalidRequest(
             'The filename of the part "file" contains a control character. Rename the file.', field="file"
         )
@@ -304,5 +304,11 @@ def _extended_value(value: str) -> str:
         ) from None
 
 
-def _has_control_character(text: str) -> bool:
+def base_name_of(filename: str) -> str:
+    """A file's name without the folders that some clients send before it."""
+    return re.split(r"[/\\]", filename)[-1].strip()
+
+
+def has_control_character(text: str) -> bool:
+    """Tells whether a name has what would break the line that it is shown on."""
     return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from dataset_svc.datasets import Datasets
 from dataset_svc.incoming_file import CheckedFile, Format, IncomingFile, check_file_name
-from dataset_svc.upload_form import UploadForm
+from dataset_svc.upload_form import UploadForm, base_name_of, has_control_character
 from svc_kit.errors import InvalidRequest, MalformedUpload, TooManyRequests, TuneryError
 from svc_kit.object_store import ObjectStore
 
@@ -81,8 +81,11 @@ class Uploads:
             ("header.file_name", file_name, MAX_FILE_NAME_CHARS),
             ("header.name", name or "", MAX_NAME_CHARS),
         ):
-            if len(text) > limit or not text.isprintable():
-                raise InvalidRequest(f"`{field}` must be at most {limit} printable characters.", field=field)
+            if len(text) > limit or has_control_character(text):
+                raise InvalidRequest(
+                    f"`{field}` must be at most {limit} characters, none of them a control character.",
+                    field=field,
+                )
         format_ = check_file_name(file_name, ("csv", "jsonl"))
         received = 0
         async with _Draft(self, account_id, format_) as draft:
@@ -96,7 +99,7 @@ class Uploads:
                     "stored; send it again.",
                     field="header.size_bytes",
                 )
-            return await draft.commit(name or file_name.rsplit("/", 1)[-1])
+            return await draft.commit((name or "").strip() or base_name_of(file_name))
 
     def open_file(self, format_: Format, object_key: str) -> IncomingFile:
         """Starts storing a file."""

@@ -15,6 +15,7 @@ from svc_kit.identity import Issuer, Verifier
 from svc_kit.log import configure_log
 from svc_kit.object_store import ObjectStore
 from svc_kit.server import ServedService, connect, make_server, serve
+from svc_kit.settings import read_environment
 from tunery.inference.v1 import chat_service_pb2_grpc
 
 
@@ -46,7 +47,7 @@ async def main(settings: InferenceSettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = InferenceSettings()
+    settings = read_environment(InferenceSettings)
     # Read by torch's OpenMP when it is first imported. Its threads wait for each other hundreds of times a
     # token; where others use the same cores, spinning meanwhile makes answers several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

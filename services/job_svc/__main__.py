@@ -32,6 +32,7 @@ from svc_kit.identity import Issuer, Kind, Verifier
 from svc_kit.log import configure_log
 from svc_kit.object_store import ObjectStore
 from svc_kit.server import ServedService, connect, make_server, serve
+from svc_kit.settings import read_environment
 from tunery.account.v1 import account_service_pb2_grpc  # noqa: F401  # described by reflection
 from tunery.dataset.v1 import dataset_service_pb2_grpc  # noqa: F401  # described by reflection
 from tunery.inference.v1 import chat_service_pb2_grpc  # noqa: F401  # described by reflection
@@ -133,6 +134,6 @@ async def main(settings: JobSettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = JobSettings()
+    settings = read_environment(JobSettings)
     configure_log("job_svc", settings.log_level)
     asyncio.run(main(settings))

@@ -12,10 +12,16 @@ from svc_kit.strict_json import nearest
 MAX_PROCESSES = 64
 _RDZV_TIMEOUT = r"(timeout|join_timeout|last_call_timeout|close_timeout|read_timeout)=\d{1,5}"
 MAX_RESTARTS = 10
+_MOST_DIGITS = 9
 
 
 def _whole_number(lowest: int, highest: int) -> Callable[[str], bool]:
-    return lambda text: text.isascii() and text.isdigit() and lowest <= int(text) <= highest
+    def is_right(text: str) -> bool:
+        # Python itself refuses to read thousands of digits.
+        is_short = len(text) <= _MOST_DIGITS
+        return is_short and text.isascii() and text.isdigit() and lowest <= int(text) <= highest
+
+    return is_right
 
 
 def _matches(pattern: str) -> Callable[[str], bool]:

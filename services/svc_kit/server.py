@@ -37,6 +37,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A service that was restarted is found again within a second, not after gRPC's usual 20.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A proxy configured for the way out must not be asked for the stack's own services.
+    ("grpc.enable_http_proxy", 0),
 )
 
 

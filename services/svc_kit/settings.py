@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+_WRONG_SETTINGS_EXIT_CODE = 2
+
+
+def read_environment(settings: type[Settings]) -> Settings:
+    """Reads settings from the environment. For `__main__.py` only: it ends the process where it can't.
+
+    Raises:
+        SystemExit: a variable is missing or wrong; stderr has a line for each, without any value, since
+            values can be secrets.
+    """
+    prefix = settings.model_config["env_prefix"]
+    try:
+        return settings()
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_input=False):
+            name = f"{prefix}{problem['loc'][0]}".upper() if problem["loc"] else prefix
+            print(f"{name}: {problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+    except SettingsError as error:
+        print(f"{error}; {prefix} variables that hold a list take JSON", file=sys.stderr)
+    sys.exit(_WRONG_SETTINGS_EXIT_CODE)
 
 
 class TunerySettings(BaseSettings):
@@ -21,7 +45,9 @@ class ServerSettings(TunerySettings):
     identity_dir: Path = Field(
         description="Folder of identity keys: NAME.pub of every issuer, NAME.key of this service."
     )
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: str = Field(
+        "INFO", pattern="(?i)^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR."
+    )
 
 
 class DatabaseSettings(TunerySettings):

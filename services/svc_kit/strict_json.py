@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from svc_kit.errors import InvalidRequest
 
 MAX_DEPTH = 32
+MAX_DIGITS = 1000
 LARGEST_EXACT_INT = 2**53
 _MAX_ERRORS_SHOWN = 3
 
@@ -57,7 +58,9 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     if not body.strip():
         raise InvalidRequest("The body is empty; a JSON object was expected.")
     try:
-        value = json.loads(body, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        value = json.loads(
+            body, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_int=_short_int
+        )
         check_json_value(value)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: byte {error.start} can't be read.") from error
@@ -85,6 +88,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _short_int(digits: str) -> int:
+    # Python refuses more than 4,300 by itself, in words about itself.
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits; send it as a string")
+    return int(digits)
 
 
 def _json_type(value: Any) -> str:
@@ -171,5 +181,14 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def message_to_object(native: message.Message) -> dict[str, Any]:
-    """Returns a native message as the object that its REST twin would have sent; unset fields are absent."""
-    return json_format.MessageToDict(native, preserving_proto_field_name=True)
+    """Returns a native message as the object that its REST twin would have sent; unset fields are absent.
+
+    Raises:
+        InvalidRequest: a `Struct` in it holds what JSON can't carry: NaN or infinity.
+    """
+    try:
+        return json_format.MessageToDict(native, preserving_proto_field_name=True)
+    except json_format.SerializeToJsonError as error:
+        raise InvalidRequest(
+            "A number in the message is infinite or not a number, and can't be kept; send a finite one."
+        ) from error

@@ -9,6 +9,7 @@ from svc_kit.identity import Issuer, Verifier
 from svc_kit.log import configure_log
 from svc_kit.object_store import ObjectStore
 from svc_kit.server import connect, make_server, serve
+from svc_kit.settings import read_environment
 from trainer_svc.event_reporter import JobServiceClient
 from trainer_svc.settings import TrainerSettings
 from trainer_svc.worker import Worker
@@ -33,6 +34,6 @@ async def main(settings: TrainerSettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = TrainerSettings()
+    settings = read_environment(TrainerSettings)
     configure_log("trainer_svc", settings.log_level)
     asyncio.run(main(settings))

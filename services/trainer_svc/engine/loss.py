@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from trainer_svc.engine.fast_path import fast_loss, is_fast
 from trainer_svc.engine.packing import Pack
 
 
@@ -27,6 +28,8 @@ def summed_loss(model: nn.Module, pack: Pack, dtype: torch.dtype, *, packs_rows:
         float32 scalar.
     """
     assert packs_rows or len(pack.segment_lengths) == 1
+    if is_fast(model):
+        return fast_loss(model, pack)
     segments = {"segment_lengths": pack.segment_lengths} if packs_rows else {}
     device_type = pack.input_ids.device.type
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer_svc.engine.examples import Example
+from trainer_svc.engine.segment_attention import SegmentAttention, Segments
 
 PACKED_ATTENTION = "tunery_packed"
 
@@ -71,19 +72,30 @@ def make_pack(examples: Sequence[Example], device: torch.device) -> Pack:
 
 
 def group_rows(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Splits examples into groups of at most `max_tokens` tokens, in order; a longer row stands alone.
+    """Splits examples into few groups of about the same size; a row longer than `max_tokens` stands alone.
 
-    `max_tokens` of 0 makes each row a group of its own.
+    The longest go first, each to where most room is (LPT: Graham 1969, Bounds on Multiprocessing Timing
+    Anomalies). A small last group would cost a pass over all weights for little.
+
+    Args:
+        examples: of one step.
+        max_tokens: of a group; 0 makes each row a group of its own.
+
+    Returns:
+        Groups in the order of their first examples, each in the order given: a function of the arguments.
     """
-    groups: list[list[Example]] = []
-    room = 0
-    for example in examples:
-        if not groups or example.num_tokens > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(example)
-        room -= example.num_tokens
-    return groups
+    longest_first = sorted(range(len(examples)), key=lambda index: -examples[index].num_tokens)
+    total = sum(example.num_tokens for example in examples)
+    for num_groups in range(max(1, -(-total // max(max_tokens, 1))), len(examples) + 1):
+        groups: list[list[int]] = [[] for _ in range(num_groups)]
+        sizes = [0] * num_groups
+        for index in longest_first:
+            emptiest = sizes.index(min(sizes))
+            groups[emptiest].append(index)
+            sizes[emptiest] += examples[index].num_tokens
+        if all(size <= max_tokens or len(group) == 1 for group, size in zip(groups, sizes, strict=True)):
+            return [[examples[index] for index in group] for group in sorted(map(sorted, groups))]
+    return [[example] for example in examples]
 
 
 def packed_attention(
@@ -100,6 +112,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment, in the shape of transformers' attention functions.
 
+    For models that `fast_path` doesn't cover.
+
     Args:
         module: the layer; unused.
         query: [1, H, S, D].
@@ -114,6 +128,12 @@ def packed_attention(
         [1, S, H, D], and None for the weights.
     """
     assert attention_mask is None
+    if dropout == 0.0:
+        heads = [heads_1HSD.squeeze(0).transpose(0, 1) for heads_1HSD in (query * scaling, key, value)]
+        segments = Segments.of(segment_lengths, query.device, query.dtype)
+        out_SHD = SegmentAttention.apply(*heads, segments)
+        assert isinstance(out_SHD, Tensor)
+        return out_SHD.unsqueeze(0), None
     outputs = [
         scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True

@@ -60,6 +60,38 @@ async def test_a_native_upload_that_is_cut_off_stores_nothing(services: Services
     assert not listed.data
 
 
+@pytest.mark.parametrize(
+    ("file_name", "name", "shown"),
+    [
+        ("rows.csv", "  two words ", "two words"),
+        ("rows.csv", "  ", "rows.csv"),
+        ("C:\\folder\\rows.csv", None, "rows.csv"),
+        ("folder/👩\u200d🔬\u00a0.csv", None, "👩\u200d🔬\u00a0.csv"),
+    ],
+)
+async def test_a_native_uploads_names_are_read_as_a_forms(
+    services: Services, file_name: str, name: str | None, shown: str
+) -> None:
+    part = dataset_service_pb2.UploadDatasetRequest
+    header = dataset_service_pb2.UploadHeader(file_name=file_name, name=name, size_bytes=len(ROWS))
+    parts = [part(header=header), part(chunk=ROWS.encode())]
+    made = await services.datasets.UploadDataset(iter(parts), metadata=services.account())
+    assert made.name == shown
+
+
+@pytest.mark.parametrize("field", ["file_name", "name"])
+@pytest.mark.parametrize("text", ["a\nb.csv", "a\0.csv", "x" * 260 + ".csv"])
+async def test_a_native_uploads_wrong_names_are_refused(services: Services, field: str, text: str) -> None:
+    part = dataset_service_pb2.UploadDatasetRequest
+    header = dataset_service_pb2.UploadHeader(
+        **{"file_name": "rows.csv", "size_bytes": len(ROWS), field: text}
+    )
+    upload = services.datasets.UploadDataset(iter([part(header=header)]), metadata=services.account())
+    with pytest.raises(grpc.aio.AioRpcError, match=f"header.{field}") as caught:
+        await upload
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_dataset_in_use_stays_until_the_jobs_end(services: Services) -> None:
     account = services.account()
     dataset = await services.upload(account, ROWS)

@@ -151,6 +151,14 @@ def test_broken_credentials_file(tunery, tmp_path):
     assert_one_line_of_set_up_error(result, "credentials.json")
 
 
+def test_missing_credentials_of_accounts_that_are_there(tunery, tmp_path):
+    data_dir = tmp_path / "data"
+    (data_dir / "db").mkdir(parents=True)
+    (data_dir / "db" / "authz.sqlite").touch()
+    result = tunery("up", "--data-dir", str(data_dir), "--port", "18099")
+    assert_one_line_of_set_up_error(result, "credentials.json is missing", "TUNERY_FIRST_API_KEY")
+
+
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_child_that_dies_is_named_and_restarted(stack, name):
     child = stack.child(name)
@@ -163,10 +171,19 @@ def test_child_that_dies_is_named_and_restarted(stack, name):
 
 
 def test_two_stacks_side_by_side(stack, ups, tmp_path, rows_csv):
-    other = ups.start_ready(tmp_path / "data")
+    # Beside it in its folder too, under a name in which much means something elsewhere, and with a proxy
+    # for the way out that nobody answers at.
+    proxy = "http://127.0.0.1:9"
+    folder = tmp_path / "a, b?c=d#e%41 'é"
+    other = ups.start_ready(folder, http_proxy=proxy, https_proxy=proxy, HTTP_PROXY=proxy, HTTPS_PROXY=proxy)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
+    assert (folder / "db" / "job_svc.sqlite").exists()
     assert stack.tunery("datasets", "upload", str(rows_csv)).code == 0
     assert other.tunery("datasets", "list", "--json").json == {"data": []}
     assert other.credentials["api_key"] != stack.credentials["api_key"]
+    dataset = other.tunery("datasets", "upload", str(rows_csv), "--json").json
+    create = ("jobs", "create", dataset["id"], "--model", "tunery-tiny", "--epochs", "1", "--follow")
+    assert other.tunery(*create).code == 0
     assert other.stop(signal.SIGINT) == 0
     assert stack.get("/api/v1/fine-tuning/datasets").status_code == 200
 
@@ -174,7 +191,7 @@ def test_two_stacks_side_by_side(stack, ups, tmp_path, rows_csv):
 def test_service_that_never_comes_up_is_told_of(ups, tmp_path):
     up = ups.start(tmp_path / "data", TUNERY_CREDITS_PER_MILLION_TOKENS="dear")
     assert up.process.wait(60) == 1
-    assert "tunery: job_svc does not come up: it ended with exit code 1, 4 times in a row" in up.output
+    assert "tunery: job_svc does not come up: it ended with exit code 2, 4 times in a row" in up.output
 
 
 def test_sigterm_before_readiness(ups, tmp_path):

@@ -37,6 +37,7 @@ def test_allowed_overrides_are_read(text: str, options: list[str]) -> None:
         "--nproc_per_node -1",
         "--nproc_per_node ٣",
         "--nproc_per_node two",
+        f"--nproc_per_node {'9' * 5000}",
         "--nproc_per_node 2 --nproc_per_node 2",
         "--nproc_per_node 2 extra",
         "--nnodes 2",

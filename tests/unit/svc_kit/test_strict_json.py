@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import pytest
+from google.protobuf import struct_pb2
 from pydantic import Field
 
 from svc_kit.errors import InvalidRequest
-from svc_kit.strict_json import Integer, StrictBody, parse_json_object, validate
+from svc_kit.strict_json import Integer, StrictBody, message_to_object, parse_json_object, validate
+from tunery.job.v1 import fine_tuning_service_pb2
 
 
 class Inner(StrictBody):
@@ -39,6 +42,7 @@ class Outer(StrictBody):
         (b'{"a": -Infinity}', "-Infinity"),
         (b'{"a": 1e999}', "finite"),
         (b'{"a": [1, 9007199254740993]}', "`a[1]`"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number has 5,000 digits; send it as a string"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\ud800": 1}', "surrogate"),
         (b'{"a": "\xff"}', "UTF-8"),
@@ -95,3 +99,11 @@ def test_a_whole_number_may_be_written_with_a_point() -> None:
 def test_only_the_first_errors_are_shown() -> None:
     with pytest.raises(InvalidRequest, match="and 2 more"):
         validate(Outer, {"name": "x", **{f"field{number}": 1 for number in range(5)}})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_native_number_that_json_cannot_carry_is_refused(number: float) -> None:
+    metadata = struct_pb2.Struct()
+    metadata.fields["a"].number_value = number
+    with pytest.raises(InvalidRequest, match="finite"):
+        message_to_object(fine_tuning_service_pb2.Config(metadata=metadata))

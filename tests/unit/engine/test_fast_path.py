@@ -1,0 +1,318 @@
+"""The hand-written layers against transformers' own, and what they leave as it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from trainer_svc.engine import segment_attention
+from trainer_svc.engine.examples import Example
+from trainer_svc.engine.fast_path import is_fast, speed_up
+from trainer_svc.engine.loss import summed_loss
+from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, make_pack
+
+# peft's own: it warns of merging an adapter of the tied output head.
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases, tied": LlamaConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+}
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+METHODS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "lora on attention": {"target_modules": ALL_LINEAR[:4]},
+    "lora on all, rank-stabilised": {"target_modules": ALL_LINEAR, "use_rslora": True},
+    "lora on some": {"target_modules": ["q_proj", "v_proj", "up_proj"], "lora_alpha": 5},
+}
+
+
+def make_model(config: Any, method: dict[str, Any] | None = None) -> PreTrainedModel | PeftModel:
+    """A model with random weights, none of them zero or one; the same each time."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if method is not None:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **method))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def make_examples(*lengths: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    examples = []
+    for length in lengths:
+        is_target = torch.rand(length, generator=generator) < 0.5
+        is_target[0] = False
+        is_target[-1] = True
+        examples.append(Example(torch.randint(3, 200, (length,), generator=generator), is_target))
+    return examples
+
+
+def padded_reference_loss(model: nn.Module, examples: list[Example]) -> Tensor:
+    """transformers' own: rows padded into one batch, its mean loss times the number of targets."""
+    longest = max(example.num_tokens for example in examples)
+    input_ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        input_ids[row, : example.num_tokens] = example.input_ids
+        labels[row, : example.num_tokens] = example.input_ids.where(example.is_target, -100)
+        mask[row, : example.num_tokens] = 1
+    output = model(input_ids=input_ids, labels=labels, attention_mask=mask, use_cache=False)
+    return output.loss * sum(example.num_targets for example in examples)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        # Rounding is that of the largest entries, which the others are sums with.
+        tolerance = 2e-5 * float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=tolerance, msg=name)
+
+
+def loss_and_gradients(model: nn.Module, groups: list[list[Example]]) -> tuple[float, dict[str, Tensor]]:
+    total = 0.0
+    for group in groups:
+        loss = summed_loss(model, make_pack(group, CPU), torch.float32, packs_rows=True)
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradients(model)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rows of test size are then split, and the longest one's weights computed again."""
+    monkeypatch.setattr(segment_attention, "_BLOCK", 16)
+    monkeypatch.setattr(segment_attention, "_WHOLE_UP_TO", 24)
+    monkeypatch.setattr(segment_attention, "_KEEP_WEIGHTS_UP_TO", 40)
+    segment_attention._largest_mask.cache_clear()
+    yield
+    segment_attention._largest_mask.cache_clear()
+
+
+def test_families_are_all_tested() -> None:
+    assert {config.model_type for config in CONFIGS.values()} == PACKABLE_MODEL_TYPES
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_and_gradients(family: str, method: str) -> None:
+    examples = make_examples(5, 31, 12, 2, 43)
+    reference = make_model(CONFIGS[family], METHODS[method])
+    expected = padded_reference_loss(reference, examples)
+    expected.backward()
+    expected_gradients = gradients(reference)
+    model = make_model(CONFIGS[family], METHODS[method])
+    assert speed_up(model, torch.float32)
+    for groups in ([[row] for row in examples], [examples], [examples[:2], examples[2:]]):
+        loss, ours = loss_and_gradients(model, groups)
+        assert loss == pytest.approx(float(expected.detach()), rel=2e-6)
+        assert_same(ours, expected_gradients)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("length", [16, 24, 25, 32, 40, 41, 80])
+def test_attention_in_blocks(length: int) -> None:
+    examples = make_examples(length, 7)
+    reference = make_model(CONFIGS["llama"])
+    expected = padded_reference_loss(reference, examples)
+    expected.backward()
+    model = make_model(CONFIGS["llama"])
+    assert speed_up(model, torch.float32)
+    loss, ours = loss_and_gradients(model, [examples])
+    assert loss == pytest.approx(float(expected.detach()), rel=2e-6)
+    assert_same(ours, gradients(reference))
+
+
+def test_memory_of_long_rows_is_linear() -> None:
+    """What attention keeps of a row grows with its length, not with the square."""
+
+    def kept_numbers(length: int) -> int:
+        query, key = torch.randn(length, 4, 16), torch.randn(length, 2, 16)
+        rows = segment_attention.Segments.of((length,), CPU, torch.float32)
+        _, kept = segment_attention.attend(query, key, key, rows, keep=True)
+        return sum(tensor.numel() for tensor in kept)
+
+    assert kept_numbers(4096) == 2 * kept_numbers(2048)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_frozen_parts(family: str) -> None:
+    """Any subset of the parameters can learn."""
+    examples = make_examples(9, 20)
+    names = [name for name, _ in make_model(CONFIGS[family]).named_parameters()]
+    for chosen in ([n for n in names if "norm" in n], names[::3], names[1::3], names[2::3]):
+        reference, model = make_model(CONFIGS[family]), make_model(CONFIGS[family])
+        for name, parameter in itertools.chain(reference.named_parameters(), model.named_parameters()):
+            parameter.requires_grad_(name in chosen)
+        assert speed_up(model, torch.float32)
+        padded_reference_loss(reference, examples).backward()
+        _, ours = loss_and_gradients(model, [examples])
+        assert_same(ours, gradients(reference))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(method: str) -> None:
+    examples = make_examples(200, 100)
+    kept_bytes, results = [], []
+    for on in (False, True):
+        model = make_model(CONFIGS["llama"], METHODS[method])
+        assert speed_up(model, torch.float32)
+        if on:
+            inner_model(model).activation_checkpointing_enable({"use_reentrant": False})
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = summed_loss(model, make_pack(examples, CPU), torch.float32, packs_rows=True)
+        for parameter in model.parameters():
+            sizes.pop(parameter.untyped_storage().data_ptr(), None)
+        kept_bytes.append(sum(sizes.values()))
+        loss.backward()
+        results.append((float(loss.detach()), gradients(model)))
+    assert kept_bytes[1] < kept_bytes[0] / 4
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_each_time(dtype: torch.dtype) -> None:
+    examples = make_examples(40, 30)
+    runs = []
+    for _ in range(2):
+        model = make_model(CONFIGS["llama"], METHODS["lora on attention"])
+        assert speed_up(model, dtype)
+        loss = summed_loss(model, make_pack(examples, CPU), dtype, packs_rows=True)
+        loss.backward()
+        runs.append((float(loss.detach()), gradients(model)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_is_near_float32(method: str) -> None:
+    """Off by rounding only. transformers' own under autocast are off less here, where sums stay float32."""
+    examples = make_examples(40, 30)
+    reference = make_model(CONFIGS["qwen3"], METHODS[method])
+    exact = padded_reference_loss(reference, examples)
+    exact.backward()
+    exact_gradients = gradients(reference)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        usual = padded_reference_loss(reference, examples)
+    usual.backward()
+    usual_gradients = gradients(reference)
+    model = make_model(CONFIGS["qwen3"], METHODS[method])
+    assert speed_up(model, torch.bfloat16)
+    loss = summed_loss(model, make_pack(examples, CPU), torch.bfloat16, packs_rows=True)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=3e-3)
+
+    def error(found: dict[str, Tensor]) -> float:
+        difference = sum(float((found[n] - exact_gradients[n]).square().sum()) for n in exact_gradients)
+        return (difference / sum(float(g.square().sum()) for g in exact_gradients.values())) ** 0.5
+
+    assert error(gradients(model)) < 2.5 * error(usual_gradients)
+
+
+def test_rows_never_see_each_other() -> None:
+    """Another row's tokens change nothing of a row's loss, to the last bit."""
+    model = make_model(CONFIGS["llama"])
+    assert speed_up(model, torch.float32)
+    row, other, another = make_examples(20, 33, 33)
+    silent = [Example(e.input_ids, torch.zeros_like(e.is_target)) for e in (other, another)]
+    with torch.no_grad():
+        losses = [
+            float(summed_loss(model, make_pack([first, row, last], CPU), torch.float32, packs_rows=True))
+            for first, last in itertools.permutations(silent)
+        ]
+    assert losses[0] == losses[1]
+
+
+def test_likely_targets_keep_their_digits_in_bfloat16() -> None:
+    """A loss far below bfloat16's steps around one is still told, and still has a gradient."""
+    from trainer_svc.engine.linear_cross_entropy import _loss_and_gradient
+
+    logits = torch.zeros(1, 100, dtype=torch.bfloat16)
+    logits[0, 7] = 16.0
+    expected = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([7]))
+    loss, gradient = _loss_and_gradient(logits.clone(), torch.tensor([7]))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-2)
+    assert float(gradient[0, 7]) == pytest.approx(-float(expected), rel=1e-2)
+
+
+def test_no_targets() -> None:
+    model = make_model(CONFIGS["llama"])
+    assert speed_up(model, torch.float32)
+    row = Example(torch.tensor([3, 4, 5]), torch.zeros(3, dtype=torch.bool))
+    loss = summed_loss(model, make_pack([row], CPU), torch.float32, packs_rows=True)
+    loss.backward()
+    assert float(loss.detach()) == 0
+
+
+def test_the_model_is_otherwise_what_it_was(tmp_path: Path) -> None:
+    plain, fast = (make_model(CONFIGS["llama"], METHODS["lora on attention"]) for _ in range(2))
+    for parameter in fast.parameters():
+        assert parameter.is_contiguous()
+    assert speed_up(fast, torch.float32)
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in fast.named_parameters()]
+    state, expected = fast.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    ids = torch.randint(3, 200, (1, 9))
+    assert torch.equal(fast(input_ids=ids).logits, plain(input_ids=ids).logits)
+    fast.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    merged, expected_merged = fast.merge_and_unload(), plain.merge_and_unload()
+    assert torch.equal(merged(input_ids=ids).logits, expected_merged(input_ids=ids).logits)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}],
+)
+def test_what_is_not_covered_stays_plain(change: dict[str, Any]) -> None:
+    model = make_model(LlamaConfig(**SIZES, attention_bias=True), {"target_modules": ALL_LINEAR[:4]} | change)
+    assert not speed_up(model, torch.float32)
+    assert not is_fast(model)
