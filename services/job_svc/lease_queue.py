@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from job_svc import credits
+from job_svc import credits, estimates
 from job_svc.change_feed import QUEUE, SWEEP, ChangeFeed, job_topic
 from job_svc.job_plan import LARGEST_COUNT
 from job_svc.job_state import ENDED, JobStatus, move
@@ -115,6 +115,7 @@ class LeaseQueue:
                 lease_token=new_id("lease"),
                 lease_expires_at=self._expiry(),
                 attempts=attempt,
+                started_at=utc_now(),
             )
 
     def _expiry(self) -> dt.datetime:
@@ -145,6 +146,35 @@ class LeaseQueue:
         if row is None:
             raise LeaseLost(f"The lease on {job_id} is lost: stop the run and drop its files.")
         return row
+
+    async def put_probe(
+        self, probe: dict[str, Any], job_id: str | None = None, lease_token: str | None = None
+    ) -> str:
+        """Keeps what a base model costs, and tells what the job under the lease will take.
+
+        Returns:
+            The estimate in words; nothing without a lease.
+
+        Raises:
+            LeaseLost: the lease is another's now, or the job has ended: just now, where it can't fit.
+        """
+        async with self._database.write() as connection:
+            await estimates.put_probe(self._database, connection, probe)
+            if job_id is None or lease_token is None:
+                return ""
+            row = await self._hold_lease(connection, job_id, lease_token)
+            counts = estimates.RowCounts(**row.row_counts)
+            cost = estimates.cost_of(row.run, counts, probe)
+            why = estimates.refusal(row.run, counts, probe, cost)
+            if why is None:
+                kept = jobs.update().where(jobs.c.id == job_id).values(estimate=asdict(cost))
+                await connection.execute(kept)
+            else:
+                await self._end_failed(connection, job_id, lease_token, why, "job")
+        if why is None:
+            return estimates.in_words(cost, probe)
+        self._feed.announce(job_topic(job_id), SWEEP)
+        raise LeaseLost(f"{job_id} can't be trained here: {why}.")
 
     async def report(self, job_id: str, lease_token: str, reported: Sequence[RunEvent]) -> None:
         """Stores events, each once however often it is reported.
@@ -199,6 +229,7 @@ class LeaseQueue:
                     "steps_completed": min(int(data["step"]), LARGEST_COUNT),
                     "training_loss": data["loss"],
                     "tokens_trained": int(data["tokens_trained"]),
+                    "peak_memory_bytes": data.get("peak_memory_bytes", job.peak_memory_bytes),
                     "remaining_seconds": data["remaining_seconds"],
                     "estimated_finish": event.time + dt.timedelta(seconds=data["remaining_seconds"]),
                 }

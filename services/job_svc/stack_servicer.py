@@ -51,6 +51,7 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
             validation_key=job.validation_key,
             attempt_prefix=f"{job_prefix(job.account_id, job.id)}attempt-{job.attempts}/",
             resume_prefix=await self._queue.last_checkpoint(job.id),
+            needs_probe=job.estimate is None,
         )
         return worker_pb2.LeaseJobResponse(lease=lease)
 
@@ -71,6 +72,19 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
         ]
         await self._queue.report(request.job_id, request.lease_token, reported)
         return empty_pb2.Empty()
+
+    async def PutProbe(
+        self, request: worker_pb2.PutProbeRequest, context: Any
+    ) -> worker_pb2.PutProbeResponse:
+        probe = json_format.MessageToDict(
+            request.probe, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        told = await self._queue.put_probe(
+            probe,
+            request.job_id if request.HasField("job_id") else None,
+            request.lease_token if request.HasField("lease_token") else None,
+        )
+        return worker_pb2.PutProbeResponse(estimate=told)
 
     async def EndAttempt(self, request: worker_pb2.EndAttemptRequest, context: Any) -> empty_pb2.Empty:
         job_id, token = request.job_id, request.lease_token

@@ -37,6 +37,8 @@ jobs = sa.Table(
     # What validation made of the data.
     sa.Column("training_key", sa.Text),
     sa.Column("validation_key", sa.Text),
+    sa.Column("row_counts", JsonText),  # estimates.RowCounts
+    sa.Column("estimate", JsonText),  # estimates.Cost
     # How training goes.
     sa.Column("next_seq", sa.BigInteger, nullable=False, server_default="1"),
     sa.Column("total_steps", sa.Integer),
@@ -47,6 +49,8 @@ jobs = sa.Table(
     sa.Column("tokens_trained", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("remaining_seconds", sa.Float),
     sa.Column("estimated_finish", UtcTime),
+    sa.Column("started_at", UtcTime),  # by the last attempt
+    sa.Column("peak_memory_bytes", sa.Float),
     # How it ended.
     sa.Column("error", sa.Text),
     sa.Column("fault", sa.String(16)),
@@ -59,6 +63,16 @@ jobs = sa.Table(
     sa.Index("jobs_by_account", "account_id", "number"),
     sa.Index("jobs_by_status", "status", "number"),
     sa.Index("jobs_by_lessee", "leased_by", "status"),
+)
+
+# What base models cost on the trainers' device; the newest measurement counts.
+probes = sa.Table(
+    "probes",
+    metadata,
+    sa.Column("base_model", sa.String(200), primary_key=True),
+    sa.Column("method", sa.String(16), primary_key=True),
+    sa.Column("dtype", sa.String(16), primary_key=True),
+    sa.Column("figures", JsonText, nullable=False),  # tunery.trainer.v1.Probe
 )
 
 events = sa.Table(

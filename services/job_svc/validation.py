@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
 
-from job_svc import credits
+from job_svc import credits, estimates
 from job_svc.change_feed import QUEUE, SWEEP, VALIDATION, ChangeFeed, job_topic
 from job_svc.job_data_client import JobDataClient
 from job_svc.job_state import JobStatus, move, write_line
@@ -119,6 +120,7 @@ class Validator:
             validation_uri=job.validation_uri,
             task_type=job.task_type,
             num_validation_rows=job.num_validation_rows,
+            base_model=job.base_model,
             seed=job.run["seed"],
         )
         data = await self._job_data.prepare(request)
@@ -145,12 +147,24 @@ class Validator:
             "validation_key": data.validation.object_key or None,
             "claimed_until": None,
         }
+        counts = estimates.RowCounts.of(data)
+        values["row_counts"] = asdict(counts)
+        async with self._database.read() as connection:
+            probe = await estimates.find_probe(connection, job.run)
+        remarks = list(data.remarks)
+        if probe is not None:
+            cost = estimates.cost_of(job.run, counts, probe)
+            if why := estimates.refusal(job.run, counts, probe, cost):
+                await self._fail(job, why, "job", None)
+                return
+            values["estimate"] = asdict(cost)
+            remarks.append(estimates.in_words(cost, probe))
         rows = f"{data.training.num_rows} rows to train on"
         if data.HasField("validation"):
             rows += f", {data.validation.num_rows} to validate on"
         try:
             async with self._database.write() as connection:
-                for remark in data.remarks:
+                for remark in remarks:
                     await write_line(connection, job.id, remark)
                 line = f"data checked: {rows}; job queued"
                 queued = await move(
@@ -161,8 +175,8 @@ class Validator:
                 if job.credits_held is None:
                     # After the job's row, as everywhere: two that lock in turns would wait for each other.
                     tokens = planned_tokens(job.run, data.training.size_bytes, data.training.num_rows)
-                    cost = self._price.of(tokens)
-                    held = await credits.hold(connection, job.account_id, job.id, cost)
+                    price = self._price.of(tokens)
+                    held = await credits.hold(connection, job.account_id, job.id, price)
                     await connection.execute(
                         jobs.update().where(jobs.c.id == job.id).values(credits_held=held)
                     )

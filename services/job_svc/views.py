@@ -75,6 +75,26 @@ def details_message(job: sa.Row[Any], model_id: str | None) -> job_pb2.JobDetail
         tokens_trained=job.tokens_trained,
         credits_held=_credits(job.credits_held),
         credits_charged=_credits(job.credits_charged),
+        estimate=_estimate(job),
+        actual=_actual(job),
+    )
+
+
+def _estimate(job: sa.Row[Any]) -> job_pb2.JobCost | None:
+    if job.estimate is None:
+        return None
+    return job_pb2.JobCost(**job.estimate, credits=_credits(job.credits_held))
+
+
+def _actual(job: sa.Row[Any]) -> job_pb2.JobCost | None:
+    if job.started_at is None or job.ended_at is None:
+        return None
+    return job_pb2.JobCost(
+        tokens=job.tokens_trained,
+        steps=job.steps_completed or 0,
+        seconds=(job.ended_at - job.started_at).total_seconds(),
+        memory_bytes=job.peak_memory_bytes or 0.0,
+        credits=_credits(job.credits_charged),
     )
 
 

@@ -11,6 +11,7 @@ from svc_kit.object_store import ObjectStore
 from svc_kit.server import connect, make_server, serve
 from svc_kit.settings import read_environment
 from trainer_svc.event_reporter import JobServiceClient
+from trainer_svc.probes import Probes
 from trainer_svc.settings import TrainerSettings
 from trainer_svc.worker import Worker
 from tunery.trainer.v1.worker_service_pb2_grpc import WorkerServiceStub
@@ -26,6 +27,7 @@ async def main(settings: TrainerSettings) -> None:
         ObjectStore(settings),
         load_catalog(settings.catalog_file),
         settings.models_dir,
+        Probes(settings.models_dir),
         settings.work_dir,
     )
     server, health = make_server([], Verifier(settings.identity_dir))

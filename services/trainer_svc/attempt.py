@@ -17,13 +17,14 @@ from google.protobuf import json_format, timestamp_pb2
 from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
-from svc_kit.catalog import Catalog
+from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.errors import LeaseLost, TuneryError
 from svc_kit.object_store import ObjectStore
 from trainer_svc.base_models import is_pulled, pull
 from trainer_svc.event_reporter import EventReporter, JobServiceClient
 from trainer_svc.launcher import RunProcess
 from trainer_svc.memory_watch import MemoryFull, MemoryWatch
+from trainer_svc.probes import ProbeFailed, Probes
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
 log = structlog.get_logger(__name__)
@@ -52,6 +53,7 @@ class Attempt:
         store: ObjectStore,
         catalog: Catalog,
         models_dir: Path,
+        probes: Probes,
         folder: Path,
     ) -> None:
         self._lease = lease
@@ -59,6 +61,7 @@ class Attempt:
         self._store = store
         self._catalog = catalog
         self._models_dir = models_dir
+        self._probes = probes
         self._folder = folder
         self._reporter = EventReporter(client, lease)
         self._process: RunProcess | None = None
@@ -231,6 +234,8 @@ class Attempt:
         if not is_pulled(entry, self._models_dir):
             self._reporter.add("log", f"fetching {entry.id} from {entry.source}", None, {})
         base_model_dir = await asyncio.to_thread(pull, entry, self._models_dir)
+        if lease.needs_probe:
+            await self._put_probe(entry)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         spec: dict[str, Any] = _plain_numbers(
@@ -252,6 +257,26 @@ class Attempt:
             await _patiently(partial(self._store.get_folder, lease.resume_prefix, resume_from))
             spec["resume_from"] = str(resume_from)
         return spec
+
+    async def _put_probe(self, entry: BaseModelEntry) -> None:
+        """Says what the base model costs here; job_svc ends the lease of a job that can't fit."""
+        run = self._lease.run
+        method = run.method.fields["kind"].string_value
+        dtype = run.extras.fields["dtype"].string_value or "auto"
+        probe = self._probes.get(entry, method, dtype)
+        if probe is None:
+            self._reporter.add("log", f"measuring a few steps of {entry.id} for an estimate", None, {})
+            try:
+                probe = await self._probes.measure(entry, method, dtype)
+            except ProbeFailed as error:
+                # An estimate is a help and no condition: the run itself says better what is wrong.
+                self._reporter.add("log", f"no estimate: {error}", None, {})
+                return
+        request = worker_pb2.PutProbeRequest(
+            probe=probe, job_id=self._lease.job_id, lease_token=self._lease.lease_token
+        )
+        answer = await self._client.call_until_answered("PutProbe", request)
+        self._reporter.add("log", answer.estimate, None, {})
 
     async def _fetch(self, key: str, name: str) -> Path:
         path = self._folder / name

@@ -18,6 +18,16 @@ _LOG_TAIL_BYTES = 4096
 _KILL_SECONDS = 5
 
 
+def run_environment() -> dict[str, str]:
+    """The environment of a run: none of the service's settings, and least of all its keys."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    # Waiting threads sleep: spinning, they would take the cores from those that they wait for as soon as
+    # anything else runs on the machine.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return environment
+
+
 class RunProcess:
     """torchrun and the processes of one run."""
 
@@ -42,19 +52,13 @@ class RunProcess:
             *(sys.executable, "-P", "-m", "torch.distributed.run", *defaults, *torchrun_arguments),
             *("-m", "trainer_svc.engine", str(spec_file)),
         )
-        # A run needs none of the service's settings, and least of all its keys.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
-        environment["TOKENIZERS_PARALLELISM"] = "false"
-        # Waiting threads sleep: spinning, they would take the cores from those that they wait for as soon as
-        # anything else runs on the machine.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=run_environment(),
                 start_new_session=True,
             )
         return cls(process, log_file)

@@ -13,6 +13,7 @@ from svc_kit.errors import TuneryError
 from svc_kit.object_store import ObjectStore
 from trainer_svc.attempt import Attempt
 from trainer_svc.event_reporter import JobServiceClient
+from trainer_svc.probes import Probes
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
 log = structlog.get_logger(__name__)
@@ -32,6 +33,7 @@ class Worker:
         store: ObjectStore,
         catalog: Catalog,
         models_dir: Path,
+        probes: Probes,
         work_dir: Path,
     ) -> None:
         self._trainer_id = trainer_id
@@ -39,18 +41,23 @@ class Worker:
         self._store = store
         self._catalog = catalog
         self._models_dir = models_dir
+        self._probes = probes
         self._work_dir = work_dir
 
     async def run(self) -> None:
         """Works until cancelled; a run under way is handed back then."""
         shutil.rmtree(self._work_dir, ignore_errors=True)  # what a killed trainer left
+        for probe in self._probes.all():
+            await self._client.call_until_answered("PutProbe", worker_pb2.PutProbeRequest(probe=probe))
         while True:
             lease = await self._lease()
             if lease is None:
                 continue
             log.info("job leased", job_id=lease.job_id, attempt=lease.attempt)
             folder = self._work_dir / lease.job_id
-            attempt = Attempt(lease, self._client, self._store, self._catalog, self._models_dir, folder)
+            attempt = Attempt(
+                *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder)
+            )
             try:
                 await attempt.run()
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -81,6 +82,7 @@ def pull(model_id: Annotated[str, typer.Argument(metavar="BASE_MODEL_ID")], as_j
     from svc_kit.errors import UnknownBaseModel
     from trainer_svc.base_models import PullError
     from trainer_svc.base_models import pull as pull_base_model
+    from trainer_svc.probes import ProbeFailed, Probes
 
     configured = os.environ.get("TUNERY_CATALOG_FILE")
     try:
@@ -97,6 +99,12 @@ def pull(model_id: Annotated[str, typer.Argument(metavar="BASE_MODEL_ID")], as_j
     try:
         with progress:
             folder = pull_base_model(entry, models_dir(os.environ))
+        probes = Probes(models_dir(os.environ))
+        if probes.get(entry, "lora", "auto") is None:
+            with stderr_console().status(f"measuring a few steps of {model_id}, for jobs' estimates"):
+                asyncio.run(probes.measure(entry, "lora", "auto"))
+    except ProbeFailed as error:
+        stderr_console().print(f"tunery: {error}; jobs are measured when they train", markup=False)
     except (PullError, OSError) as error:
         raise SetUpError(str(error)) from error
     if as_json:

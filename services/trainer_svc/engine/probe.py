@@ -23,7 +23,7 @@ from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.gradients import GradientComputer
 from trainer_svc.engine.process_group import single_process
-from trainer_svc.engine.run_spec import Extras, LoraMethod, Method, RunSpec
+from trainer_svc.engine.run_spec import TOKENS_PER_PASS, Extras, LoraMethod, Method, RunSpec
 from trainer_svc.engine.setup import Workload, prepare
 
 Kind = Literal["lora", "full"]
@@ -41,23 +41,27 @@ class Probe(BaseModel):
 
     Attributes:
         startup_seconds: from the process's start until the first step can begin.
+        load_seconds: of that, loading the model.
         seconds_per_step: of a step as such, the optimizer's part above all.
         seconds_per_token: for each input token of a step.
         seconds_per_target: for each target token, on top of that.
         base_memory_bytes: of weights, optimizer state and all else that is there without a row.
         bytes_per_token: for each token of one pass, on top of that.
         total_memory_bytes: what the device has.
+        tokens_per_pass: most tokens that a run computes at once, a longer row aside.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     startup_seconds: float
+    load_seconds: float
     seconds_per_step: float
     seconds_per_token: float
     seconds_per_target: float
     base_memory_bytes: float
     bytes_per_token: float
     total_memory_bytes: float
+    tokens_per_pass: int
 
 
 def measure(base_model_dir: Path, kind: Kind, dtype: Dtype) -> Probe:
@@ -85,7 +89,9 @@ def measure(base_model_dir: Path, kind: Kind, dtype: Dtype) -> Probe:
             extras=Extras(dtype=dtype),
         )
         events = EventLog(Path(scratch), silent=True)
+        started_at = time.perf_counter()
         workload = prepare(spec, group, events)
+        load_seconds = time.perf_counter() - started_at
         startup_seconds = time.time() - psutil.Process().create_time()
         gradients = GradientComputer(spec, group, events, workload)
 
@@ -101,12 +107,14 @@ def measure(base_model_dir: Path, kind: Kind, dtype: Dtype) -> Probe:
     per_token = max(seconds_four - seconds_one, 0.0) / (3 * _ROW_TOKENS)
     return Probe(
         startup_seconds=startup_seconds,
+        load_seconds=load_seconds,
         seconds_per_step=max(seconds_one - per_token * _ROW_TOKENS, 0.0),
         seconds_per_token=per_token,
         seconds_per_target=max(seconds_targets - seconds_four, 0.0) / (4 * _ROW_TOKENS),
         base_memory_bytes=base_memory,
         bytes_per_token=max(memory - base_memory, 0.0) / (3 * _ROW_TOKENS),
         total_memory_bytes=float(total_memory_bytes(group.device)),
+        tokens_per_pass=TOKENS_PER_PASS[group.device.type],
     )
 
 

@@ -14,6 +14,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("account_id"),
     )
     op.create_table(
+        "probes",
+        sa.Column("base_model", sa.String(length=200), nullable=False),
+        sa.Column("method", sa.String(length=16), nullable=False),
+        sa.Column("dtype", sa.String(length=16), nullable=False),
+        sa.Column("figures", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("base_model", "method", "dtype"),
+    )
+    op.create_table(
         "jobs",
         sa.Column(
             "number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
@@ -41,6 +49,8 @@ def upgrade() -> None:
         sa.Column("faults", sa.Integer(), server_default="0", nullable=False),
         sa.Column("training_key", sa.Text(), nullable=True),
         sa.Column("validation_key", sa.Text(), nullable=True),
+        sa.Column("row_counts", sa.Text(), nullable=True),
+        sa.Column("estimate", sa.Text(), nullable=True),
         sa.Column("next_seq", sa.BigInteger(), server_default="1", nullable=False),
         sa.Column("total_steps", sa.Integer(), nullable=True),
         sa.Column("steps_completed", sa.Integer(), nullable=True),
@@ -50,6 +60,8 @@ def upgrade() -> None:
         sa.Column("tokens_trained", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("remaining_seconds", sa.Float(), nullable=True),
         sa.Column("estimated_finish", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("peak_memory_bytes", sa.Float(), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("fault", sa.String(length=16), nullable=True),
         sa.Column("error_report_key", sa.Text(), nullable=True),
