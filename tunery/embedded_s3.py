@@ -86,10 +86,11 @@ class EmbeddedS3:
 def find_binary() -> Path | None:
     """Returns where `weed` is: `TUNERY_WEED_BINARY`, beside Python, or on the PATH; None when nowhere."""
     if configured := os.environ.get(BINARY_VARIABLE):
-        return Path(configured) if os.access(configured, os.X_OK) else None
-    beside = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    found = shutil.which("weed", path=os.pathsep.join([*beside, os.environ.get("PATH", "")]))
-    return Path(found) if found else None
+        found = shutil.which(configured)
+    else:
+        beside = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+        found = shutil.which("weed", path=os.pathsep.join([*beside, os.environ.get("PATH", "")]))
+    return Path(found).absolute() if found else None
 
 
 def _load_keys(path: Path) -> S3Keys:

@@ -4,12 +4,13 @@ On a CPU by plain matrix products in the activations' format: torch's flash atte
 times as long for rows of some hundred tokens. Queries are taken in blocks, and keys after a block's last
 query are left out. On a GPU by flash attention over all rows at once.
 
-Shapes: S tokens of a pack, L tokens of a row, Q queries of a block, P keys up to a block's end, H query
-heads, K key and value heads, N = H + 2K, E width of a head.
+Shapes: S tokens of a pack, L tokens of a row, M of them when filled up, Q queries of a block, P keys up to a
+block's end, H query heads, K key and value heads, N = H + 2K, E width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,8 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Queries of one block. A row a little longer stays in one piece.
-_BLOCK = 256
-_WHOLE_UP_TO = 384
+_BLOCK = 128
+_WHOLE_UP_TO = 160
+# The softmax takes numbers one by one where they don't fill a vector register, so rows are filled up to this
+# many tokens: after the others, where nothing sees them.
+_MULTIPLE = 32
 # Attention weights of longer rows are computed again in the backward pass: kept, they would take memory
 # with the square of the length.
 _KEEP_WEIGHTS_UP_TO = 1024
@@ -66,17 +70,12 @@ def attend(
         return _flash(query_SHE, key_SKE, value_SKE, segments)
     out_SHE = query_SHE.new_empty(query_SHE.shape)
     kept: list[Tensor] = []
-    for part, q_LHE, k_LKE, v_LKE in zip(
-        out_SHE.split(segments.lengths),
-        query_SHE.split(segments.lengths),
-        key_SKE.split(segments.lengths),
-        value_SKE.split(segments.lengths),
-        strict=True,
-    ):
-        row_NLE = _gather_row(q_LHE, k_LKE, v_LKE)
-        weights = _attend_row(row_NLE, q_LHE.shape[1], part)
+    rows = (part.split(segments.lengths) for part in (query_SHE, key_SKE, value_SKE, out_SHE))
+    for *heads, out_LHE in zip(*rows, strict=True):
+        row_NME = _gather_row(heads)
+        weights = _attend_row(row_NME, out_LHE)
         if keep:
-            kept += [row_NLE, *weights]
+            kept += [row_NME, *weights]
     return out_SHE, tuple(kept)
 
 
@@ -103,44 +102,46 @@ def attend_backward(
         for target, gradient in zip((grad_query_SHE, grad_key_SKE, grad_value_SKE), gradients, strict=True):
             target.copy_(gradient)
         return
-    num_heads, num_kv_heads = grad_query_SHE.shape[1], grad_key_SKE.shape[1]
     remaining = iter(kept)
-    for grad_LHE, q_LHE, k_LKE, v_LKE in zip(
-        grad_SHE.split(segments.lengths),
-        grad_query_SHE.split(segments.lengths),
-        grad_key_SKE.split(segments.lengths),
-        grad_value_SKE.split(segments.lengths),
-        strict=True,
-    ):
-        row_NLE = next(remaining)
-        length = row_NLE.shape[1]
-        weights = [next(remaining) for _ in _blocks(length)] if length <= _KEEP_WEIGHTS_UP_TO else None
-        grad_row_NLE = _attend_row_backward(row_NLE, grad_LHE, weights)
-        grads = grad_row_NLE.transpose(0, 1).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        for target, gradient in zip((q_LHE, k_LKE, v_LKE), grads, strict=True):
-            target.copy_(gradient)
+    targets = (grad_SHE, grad_query_SHE, grad_key_SKE, grad_value_SKE)
+    for grad_LHE, *heads in zip(*(part.split(segments.lengths) for part in targets), strict=True):
+        row_NME = next(remaining)
+        weights = None
+        if row_NME.shape[1] <= _KEEP_WEIGHTS_UP_TO:
+            weights = [next(remaining) for _ in _blocks(row_NME.shape[1])]
+        grad_row_NME = _attend_row_backward(row_NME, grad_LHE, weights)
+        for target_LHE, gradient in zip(heads, _split_heads(grad_row_NME, grad_LHE.shape[1]), strict=True):
+            target_LHE.copy_(gradient[:, : len(target_LHE)].transpose(0, 1))
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
     """First query and end of each block of a row."""
     if length <= _WHOLE_UP_TO:
         return [(0, length)]
-    return [(start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK)]
+    num_blocks = -(-length // _BLOCK)
+    size = _round_up(-(-length // num_blocks))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _gather_row(query_LHE: Tensor, key_LKE: Tensor, value_LKE: Tensor) -> Tensor:
-    """One row's heads one after the other, as batched products read them: [N, L, E]."""
-    length, num_heads, width = query_LHE.shape
-    row_NLE = query_LHE.new_empty(num_heads + 2 * key_LKE.shape[1], length, width)
-    for target, source in zip(_split_heads(row_NLE, num_heads), (query_LHE, key_LKE, value_LKE), strict=True):
-        target.copy_(source.transpose(0, 1))
-    return row_NLE
+def _round_up(length: int) -> int:
+    return -(-length // _MULTIPLE) * _MULTIPLE
 
 
-def _split_heads(row_NLE: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    num_kv_heads = (row_NLE.shape[0] - num_heads) // 2
-    query_HLE, key_KLE, value_KLE = row_NLE.split((num_heads, num_kv_heads, num_kv_heads))
-    return query_HLE, key_KLE, value_KLE
+def _gather_row(heads_LHE: Sequence[Tensor]) -> Tensor:
+    """A row's heads one after the other, as batched products read them, and filled up: [N, M, E]."""
+    length, _, width = heads_LHE[0].shape
+    num_heads = [part.shape[1] for part in heads_LHE]
+    row_NME = heads_LHE[0].new_empty(sum(num_heads), _round_up(length), width)
+    row_NME[:, length:] = 0
+    for target, source in zip(row_NME.split(num_heads), heads_LHE, strict=True):
+        target[:, :length].copy_(source.transpose(0, 1))
+    return row_NME
+
+
+def _split_heads(row_NME: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_kv_heads = (row_NME.shape[0] - num_heads) // 2
+    query_HME, key_KME, value_KME = row_NME.split((num_heads, num_kv_heads, num_kv_heads))
+    return query_HME, key_KME, value_KME
 
 
 def _weights(query_HQE: Tensor, key_KPE: Tensor) -> Tensor:
@@ -154,57 +155,55 @@ def _weights(query_HQE: Tensor, key_KPE: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-@lru_cache(maxsize=4)
-def _largest_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@lru_cache(maxsize=16)
+def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
-def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _largest_mask(_WHOLE_UP_TO, dtype, device)[:size, :size]
-
-
-def _attend_row(row_NLE: Tensor, num_heads: int, out_LHE: Tensor) -> list[Tensor]:
+def _attend_row(row_NME: Tensor, out_LHE: Tensor) -> list[Tensor]:
     """Writes one row's attention; returns its weights by block, or nothing for a long row."""
-    query_HLE, key_KLE, value_KLE = _split_heads(row_NLE, num_heads)
-    keep = row_NLE.shape[1] <= _KEEP_WEIGHTS_UP_TO
+    _, num_heads, width = out_LHE.shape
+    query_HME, key_KME, value_KME = _split_heads(row_NME, num_heads)
+    keep = row_NME.shape[1] <= _KEEP_WEIGHTS_UP_TO
     kept = []
-    for start, end in _blocks(row_NLE.shape[1]):
+    for start, end in _blocks(row_NME.shape[1]):
         # Slices are laid out anew: strided, the product would do it, and slower.
-        weights = _weights(query_HLE[:, start:end], key_KLE[:, :end].contiguous())
-        out = torch.bmm(weights, value_KLE[:, :end].contiguous())
-        out_LHE[start:end].copy_(out.view(num_heads, end - start, -1).transpose(0, 1))
+        weights = _weights(query_HME[:, start:end], key_KME[:, :end].contiguous())
+        out_HQE = torch.bmm(weights, value_KME[:, :end].contiguous()).view(num_heads, -1, width)
+        target_QHE = out_LHE[start:end]
+        target_QHE.copy_(out_HQE[:, : len(target_QHE)].transpose(0, 1))
         if keep:
             kept.append(weights)
     return kept
 
 
-def _attend_row_backward(row_NLE: Tensor, grad_LHE: Tensor, kept: list[Tensor] | None) -> Tensor:
-    """The gradients of one row's queries, keys and values: [N, L, E]."""
-    length, num_heads, width = grad_LHE.shape
-    query_HLE, key_KLE, value_KLE = _split_heads(row_NLE, num_heads)
-    num_kv_heads = key_KLE.shape[0]
-    blocks = _blocks(length)
-    grad_NLE = torch.empty_like(row_NLE) if len(blocks) == 1 else torch.zeros_like(row_NLE)
-    grad_query_HLE, grad_key_KLE, grad_value_KLE = _split_heads(grad_NLE, num_heads)
-    grad_HLE = grad_LHE.transpose(0, 1)
+def _attend_row_backward(row_NME: Tensor, grad_LHE: Tensor, kept: list[Tensor] | None) -> Tensor:
+    """The gradients of one row's queries, keys and values: [N, M, E]."""
+    _, num_heads, width = grad_LHE.shape
+    query_HME, key_KME, value_KME = _split_heads(row_NME, num_heads)
+    num_kv_heads = key_KME.shape[0]
+    blocks = _blocks(row_NME.shape[1])
+    grad_NME = torch.empty_like(row_NME) if len(blocks) == 1 else torch.zeros_like(row_NME)
+    grad_query_HME, grad_key_KME, grad_value_KME = _split_heads(grad_NME, num_heads)
+    grad_HME = _gather_row([grad_LHE])
     for index, (start, end) in enumerate(blocks):
-        query = query_HLE[:, start:end].reshape(num_kv_heads, -1, width)
-        key, value = key_KLE[:, :end].contiguous(), value_KLE[:, :end].contiguous()
-        grad = grad_HLE[:, start:end].reshape(num_kv_heads, -1, width)
-        weights = kept[index] if kept is not None else _weights(query_HLE[:, start:end], key)
+        query = query_HME[:, start:end].reshape(num_kv_heads, -1, width)
+        key, value = key_KME[:, :end].contiguous(), value_KME[:, :end].contiguous()
+        grad = grad_HME[:, start:end].reshape(num_kv_heads, -1, width)
+        weights = kept[index] if kept is not None else _weights(query_HME[:, start:end], key)
         grad_scores = torch.bmm(grad, value.transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(
             grad_scores, weights, -1, weights.dtype, grad_input=grad_scores
         )
         grad_query = torch.bmm(grad_scores, key)
-        grad_query_HLE[:, start:end].copy_(grad_query.view(num_heads, end - start, width))
+        grad_query_HME[:, start:end].copy_(grad_query.view(num_heads, -1, width))
         if len(blocks) == 1:
-            torch.bmm(weights.transpose(1, 2), grad, out=grad_value_KLE)
-            torch.bmm(grad_scores.transpose(1, 2), query, out=grad_key_KLE)
+            torch.bmm(weights.transpose(1, 2), grad, out=grad_value_KME)
+            torch.bmm(grad_scores.transpose(1, 2), query, out=grad_key_KME)
         else:
-            grad_value_KLE[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
-            grad_key_KLE[:, :end] += torch.bmm(grad_scores.transpose(1, 2), query)
-    return grad_NLE
+            grad_value_KME[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+            grad_key_KME[:, :end] += torch.bmm(grad_scores.transpose(1, 2), query)
+    return grad_NME
 
 
 def _flash(

@@ -141,12 +141,34 @@ async def test_a_file_keeps_its_own_content_type_and_bytes(
         assert (upstreams.last.request.job_id, upstreams.last.request.path) == ("j1", "a/b c.tar")
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b' {"unknown": 1} '])
+@pytest.mark.parametrize("body", [b"", b"{}", b' {"unknown": 1} ', b'{"jobId": "other"}'])
 async def test_cancel_takes_a_body_or_none(gateway: Gateway, upstreams: Upstreams, body: bytes) -> None:
     answer = await gateway.client.post("/api/v1/fine-tuning/jobs/ftjob-1/cancel", content=body)
 
     assert answer.status_code == 200
     assert (upstreams.last.method, upstreams.last.request.job_id) == ("CancelJob", "ftjob-1")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("DELETE", "/api/v1/fine-tuning/datasets/mine", {"dataset_id": "other"}),
+        ("DELETE", "/api/v1/fine-tuning/models/mine", {"model_id": "other"}),
+        ("GET", "/api/v1/fine-tuning/jobs/mine", {"job_id": "other"}),
+        ("POST", "/api/v1/fine-tuning/jobs/mine/cancel", {"job_id": "other"}),
+        ("GET", "/fine_tuning/jobs/status?job_id=mine", {"job_id": "other"}),
+        ("GET", "/fine_tuning/jobs/mine/files/log.txt", {"path": "other"}),
+    ],
+)
+async def test_a_body_never_names_another_resource_than_the_path(
+    gateway: Gateway, upstreams: Upstreams, method: str, path: str, body: dict[str, str]
+) -> None:
+    answer = await gateway.client.request(method, path, json=body)
+
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert upstreams.calls == []
 
 
 async def test_query_parameters(gateway: Gateway, upstreams: Upstreams) -> None:

@@ -121,10 +121,9 @@ def test_second_up_on_the_same_folder(tunery, stack):
     assert stack.get("/api/v1/fine-tuning/jobs").status_code == 200
 
 
-def test_missing_s3_binary(tunery, tmp_path):
-    result = tunery(
-        "up", "--data-dir", str(tmp_path / "data"), "--port", "18099", TUNERY_WEED_BINARY="/nowhere/weed"
-    )
+@pytest.mark.parametrize("binary", ["/nowhere/weed", "/", "/dev/null", "no-such-program"])
+def test_missing_s3_binary(tunery, tmp_path, binary):
+    result = tunery("up", "--data-dir", str(tmp_path / "data"), "--port", "18099", TUNERY_WEED_BINARY=binary)
     assert_one_line_of_set_up_error(result, "weed")
 
 

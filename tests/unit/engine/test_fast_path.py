@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +116,12 @@ def loss_and_gradients(model: nn.Module, groups: list[list[Example]]) -> tuple[f
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of test size are then split, and the longest one's weights computed again."""
     monkeypatch.setattr(segment_attention, "_BLOCK", 16)
     monkeypatch.setattr(segment_attention, "_WHOLE_UP_TO", 24)
+    monkeypatch.setattr(segment_attention, "_MULTIPLE", 8)
     monkeypatch.setattr(segment_attention, "_KEEP_WEIGHTS_UP_TO", 40)
-    segment_attention._largest_mask.cache_clear()
-    yield
-    segment_attention._largest_mask.cache_clear()
 
 
 def test_families_are_all_tested() -> None:
