@@ -54,6 +54,11 @@ class RowProblem:
     def __str__(self) -> str:
         return f"line {self.line}, {self.where}: {self.problem}; expected {self.expected}"
 
+    @property
+    def column(self) -> str | None:
+        """The CSV column, or the place in a dialog's row; None for the row as a whole."""
+        return None if self.where == _WHOLE_ROW else self.where.removeprefix('column "').removesuffix('"')
+
     def to_json(self) -> dict[str, object]:
         """The problem as a JSON object; always encodable in UTF-8."""
         return {

@@ -6,16 +6,17 @@ import asyncio
 import json
 import random
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from dataset_svc.csv_rows import iter_csv_rows
 from dataset_svc.data_sources import DataSources
 from dataset_svc.datasets import Datasets
-from dataset_svc.dialog_rows import DialogRow, RowProblem, iter_dialog_rows
-from dataset_svc.task_columns import TaskType, plan_columns
+from dataset_svc.dialog_rows import RowProblem
+from dataset_svc.task_columns import ColumnPlan, TaskType, plan_columns
+from dataset_svc.training_rows import CheckedRow, iter_csv_examples, iter_dialog_examples
 from svc_kit.errors import InvalidRequest
 from svc_kit.object_store import ObjectStore, account_prefix
 
@@ -53,10 +54,6 @@ class PreparedData:
     num_bad_rows: int = 0
     first_problem: str | None = None
     report_key: str | None = None
-
-
-Example = dict[str, Any]
-CheckedRow = tuple[Example | None, list[RowProblem]]
 
 
 class JobData:
@@ -124,27 +121,22 @@ class _Conversion:
         self._report = report
 
     def run(self, source: Path) -> None:
-        rows = self._read_csv(source) if self._format == "csv" else _read_dialogs(source)
-        counts = self._write(rows)
+        with source.open("rb") as file:
+            is_csv = self._format == "csv"
+            counts = self._write(iter_csv_examples(file, self._plan) if is_csv else iter_dialog_examples(file))
         for use, num_rows in counts.items():
             path = self._folder / f"{use}.jsonl"
             self._prepared.files[use] = DataFile("", path.stat().st_size, num_rows)
         if not self._prepared.num_bad_rows and not counts.get(self._use):
             raise InvalidRequest(f"{self._uri} has no rows.")
 
-    def _read_csv(self, source: Path) -> Iterator[CheckedRow]:
+    def _plan(self, columns: list[str]) -> ColumnPlan:
         assert self._request.task_type is not None, "CSV goes with a task"
-        with source.open("rb") as file:
-            rows = iter_csv_rows(file)
-            plan = None
-            for line, row in rows:
-                if plan is None:
-                    plan = plan_columns(self._request.task_type, list(row))
-                    if plan.unused:
-                        listed = ", ".join(plan.unused)
-                        self._prepared.remarks.append(f"columns that the task doesn't use: {listed}")
-                example = plan.to_example(line, row)
-                yield (None, [example]) if isinstance(example, RowProblem) else (example, [])
+        plan = plan_columns(self._request.task_type, columns)
+        if plan.unused:
+            listed = ", ".join(plan.unused)
+            self._prepared.remarks.append(f"columns that the task doesn't use: {listed}")
+        return plan
 
     def _write(self, rows: Iterable[CheckedRow]) -> dict[str, int]:
         """Writes the rows, those drawn for validation apart, and returns how many went where."""
@@ -153,13 +145,13 @@ class _Conversion:
         counts = dict.fromkeys(uses, 0)
         outputs = {use: (self._folder / f"{use}.jsonl").open("w", encoding="utf-8") for use in uses}
         try:
-            for example, problems in rows:
+            for row in rows:
                 is_drawn = draws is not None and next(draws)
-                if example is None:
-                    self._note(problems)
+                if row.example is None:
+                    self._note(row.problems)
                     continue
                 use = VALIDATION if is_drawn else self._use
-                outputs[use].write(json.dumps(example, ensure_ascii=False) + "\n")
+                outputs[use].write(json.dumps(row.example, ensure_ascii=False) + "\n")
                 counts[use] += 1
         finally:
             for output in outputs.values():
@@ -179,7 +171,7 @@ class _Conversion:
             num_rows = sum(1 for _ in iter_csv_rows(file))
         return _select(random.Random(self._request.seed), num_drawn, num_rows)  # noqa: S311  # no secret
 
-    def _note(self, problems: list[RowProblem]) -> None:
+    def _note(self, problems: Sequence[RowProblem]) -> None:
         prepared = self._prepared
         for problem in problems:
             separator = ",\n" if prepared.first_problem else "\n"
@@ -188,12 +180,6 @@ class _Conversion:
             entry = {"data": self._uri, **problem.to_json()}
             self._report.write(separator + json.dumps(entry, ensure_ascii=False))
         prepared.num_bad_rows += 1
-
-
-def _read_dialogs(source: Path) -> Iterator[CheckedRow]:
-    with source.open("rb") as file:
-        for row in iter_dialog_rows(file):
-            yield (row.to_example(), []) if isinstance(row, DialogRow) else (None, row)
 
 
 def _select(generator: random.Random, num_drawn: int, num_rows: int) -> Iterator[bool]:

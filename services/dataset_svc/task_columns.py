@@ -136,6 +136,22 @@ def plan_columns(task_type: TaskType, columns: Sequence[str]) -> ColumnPlan:
     return ColumnPlan(task_type, answer, question, before, after, system, unused)
 
 
+def plan_any_task(columns: Sequence[str]) -> ColumnPlan:
+    """Finds the first task that a file's columns fit, `qa` before `not_qa`.
+
+    Raises:
+        UnsupportedColumns: they fit neither; the message says what each looks for.
+    """
+    try:
+        return plan_columns("qa", columns)
+    except UnsupportedColumns as qa_error:
+        try:
+            return plan_columns("not_qa", columns)
+        except UnsupportedColumns as error:
+            message = f"{qa_error.message} {error.message}"
+            raise UnsupportedColumns(message, found=", ".join(columns)) from error
+
+
 def _no_layout(
     task_type: TaskType, layouts: tuple[_Layout, ...], columns: Sequence[str]
 ) -> UnsupportedColumns:

@@ -17,11 +17,11 @@ from pathlib import Path
 import grpc
 import structlog
 
-from inference_svc.shared_calls import SharedCalls
 from svc_kit.errors import NotFound, Unavailable
 from svc_kit.identity import Issuer
 from svc_kit.interceptors import from_rpc_error
 from svc_kit.object_store import ObjectStore
+from svc_kit.shared_calls import SharedCalls
 from tunery.job.v1 import model_service_pb2
 from tunery.job.v1.model_service_pb2_grpc import ModelArtifactServiceStub
 

@@ -13,9 +13,9 @@ from inference_svc.answer import Answer, ModelFiles
 from inference_svc.artifacts import Artifact, ArtifactCache, ArtifactFinder, artifact_key
 from inference_svc.chat_request import ChatRequest
 from inference_svc.model_thread import ModelThread
-from inference_svc.shared_calls import SharedCalls
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.errors import NotFound, TooManyRequests, Unavailable
+from svc_kit.shared_calls import SharedCalls
 from trainer_svc.base_models import PullError, base_model_dir, is_pulled, pull
 
 log = structlog.get_logger(__name__)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from inference_svc.shared_calls import SharedCalls
+from svc_kit.shared_calls import SharedCalls
 
 
 async def test_call_is_shared_and_outlives_a_caller_that_leaves() -> None:
