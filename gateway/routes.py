@@ -14,6 +14,7 @@ from google.protobuf import descriptor_pb2
 DEFAULT_SECONDS = 15
 SUBMIT_SECONDS = 30
 CHAT_SECONDS = 600
+REPORT_SECONDS = 300
 TAIL_IDLE_SECONDS = 24 * 3600
 TRANSFER_IDLE_SECONDS = 300
 
@@ -35,6 +36,7 @@ OPEN_METHODS = (
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
 _TIMEOUT_SECONDS = {
+    "/tunery.dataset.v1.DatasetService/GetDatasetReport": REPORT_SECONDS,
     "/tunery.job.v1.JobService/CreateJob": SUBMIT_SECONDS,
     "/tunery.job.v1.JobService/CreateJobFromJson": SUBMIT_SECONDS,
     "/tunery.job.v1.FineTuningService/SubmitJob": SUBMIT_SECONDS,
@@ -95,11 +97,12 @@ def _methods(descriptors: Path) -> Iterator[tuple[str, descriptor_pb2.MethodDesc
                 yield from ((name, method) for method in service.method)
 
 
-def _binding(method: descriptor_pb2.MethodDescriptorProto) -> tuple[str, str] | None:
-    """Returns the rpc's HTTP method and path template."""
+def rest_bindings(method: descriptor_pb2.MethodDescriptorProto) -> list[tuple[str, str]]:
+    """Returns the HTTP methods and path templates of an rpc; none where it has no REST form."""
     rule = method.options.Extensions[annotations_pb2.http]
-    kind = rule.WhichOneof("pattern")
-    return (kind.upper(), getattr(rule, kind)) if kind else None
+    rules = [rule, *rule.additional_bindings]
+    kinds = [(each, each.WhichOneof("pattern")) for each in rules]
+    return [(kind.upper(), getattr(each, kind)) for each, kind in kinds if kind]
 
 
 def method_routes(descriptors: Path) -> list[MethodRoute]:
@@ -107,7 +110,7 @@ def method_routes(descriptors: Path) -> list[MethodRoute]:
     routes = []
     for service, method in _methods(descriptors):
         path = f"/{service}/{method.name}"
-        binding = _binding(method)
+        bindings = rest_bindings(method)
         is_stream = method.client_streaming or method.server_streaming
         idle_seconds = TAIL_IDLE_SECONDS if path in _TAILS else TRANSFER_IDLE_SECONDS if is_stream else 0
         routes.append(
@@ -117,7 +120,7 @@ def method_routes(descriptors: Path) -> list[MethodRoute]:
                 timeout_seconds=0 if is_stream else _TIMEOUT_SECONDS.get(path, DEFAULT_SECONDS),
                 idle_seconds=idle_seconds,
                 is_upload=method.client_streaming,
-                is_read=binding is not None and binding[0] == "GET" and not is_stream,
+                is_read=bool(bindings) and bindings[0][0] == "GET" and not is_stream,
             )
         )
     return routes
@@ -141,12 +144,11 @@ def rest_paths(descriptors: Path) -> list[RestPath]:
     methods: defaultdict[str, list[str]] = defaultdict(list)
     uploads: defaultdict[str, list[str]] = defaultdict(list)
     for _service, method in _methods(descriptors):
-        if (binding := _binding(method)) is None:
-            continue
-        pattern = _pattern(binding[1])
-        methods[pattern].append(binding[0])
-        if method.client_streaming:
-            uploads[pattern].append(binding[0])
+        for kind, template in rest_bindings(method):
+            pattern = _pattern(template)
+            methods[pattern].append(kind)
+            if method.client_streaming:
+                uploads[pattern].append(kind)
     return [
         RestPath(pattern, tuple(sorted(names)), tuple(uploads[pattern])) for pattern, names in methods.items()
     ]

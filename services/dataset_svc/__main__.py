@@ -6,12 +6,14 @@ import asyncio
 from pathlib import Path
 
 from dataset_svc.data_sources import DataSources
+from dataset_svc.dataset_reports import DatasetReports
 from dataset_svc.datasets import Datasets
 from dataset_svc.job_data import JobData
 from dataset_svc.servicer import DatasetServicer, JobDataServicer
 from dataset_svc.settings import DatasetSettings
 from dataset_svc.tables import metadata
 from dataset_svc.uploads import Uploads
+from svc_kit.catalog import load_catalog
 from svc_kit.database import Database, migrate
 from svc_kit.identity import Issuer, Verifier
 from svc_kit.log import configure_log
@@ -35,12 +37,14 @@ async def main(settings: DatasetSettings) -> None:
         database, store, JobLifeServiceStub(job_channel), Issuer.load("dataset_svc", settings.identity_dir)
     )
     uploads = Uploads(datasets, store, settings.max_upload_bytes)
+    catalog = load_catalog(settings.catalog_file)
+    reports = DatasetReports(datasets, store, catalog, settings.models_dir, settings.catalog_file)
     sources = DataSources(settings, datasets, store)
     job_data = JobData(sources, datasets, store)
     services = [
         ServedService(
             "tunery.dataset.v1.DatasetService",
-            DatasetServicer(datasets, uploads),
+            DatasetServicer(datasets, uploads, reports),
             dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server,
             frozenset({"account"}),
         ),
@@ -53,6 +57,7 @@ async def main(settings: DatasetSettings) -> None:
     ]
     server, health = make_server(services, Verifier(settings.identity_dir))
     await serve(server, health, settings.listen, [datasets.sweep()])
+    await reports.close()
     await job_channel.close()
     await database.close()
 

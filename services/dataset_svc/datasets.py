@@ -180,10 +180,12 @@ class Datasets:
         if row is None:
             return
         try:
+            if row.status == "deleted":
+                await self._store.delete_prefix(reports_prefix(row.object_key))
             await self._store.delete(row.object_key)
         except Exception as error:
             # The caller's work is done; the sweep tries again what the store can't do now.
-            log.warning("an object is left to the sweep", key=row.object_key, cause=str(error))
+            log.warning("objects are left to the sweep", key=row.object_key, cause=str(error))
             return
         async with self._database.write() as connection:
             await connection.execute(holds.delete().where(holds.c.dataset_id == dataset_id))
@@ -204,6 +206,12 @@ class Datasets:
             except DATABASE_AWAY as error:
                 log.warning("the sweep was interrupted; it is tried again", cause=str(error))
             await asyncio.sleep(_SWEEP_SECONDS)
+
+
+def reports_prefix(object_key: str) -> str:
+    """Returns the beginning of the keys of a dataset's reports, which live as long as the dataset."""
+    # Not below the dataset's own key: stores that are file systems can't have a folder of a file's name.
+    return f"{object_key}.reports/"
 
 
 def _stored(account_id: str, dataset_id: str) -> sa.Select[Any]:

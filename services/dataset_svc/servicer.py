@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 from google.api import httpbody_pb2
-from google.protobuf import empty_pb2, timestamp_pb2
+from google.protobuf import empty_pb2, json_format, timestamp_pb2
 
 from dataset_svc.data_sources import DatasetUri, DataSources
+from dataset_svc.dataset_reports import DatasetReports, ReportRequest
 from dataset_svc.datasets import Datasets
 from dataset_svc.incoming_file import Format
 from dataset_svc.job_data import TRAINING, VALIDATION, DataFile, DataRequest, JobData
@@ -19,6 +20,7 @@ from svc_kit.errors import InvalidRequest, MalformedUpload, NotFound
 from svc_kit.identity import current_identity
 from tunery.dataset.v1 import (
     dataset_pb2,
+    dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
     job_data_service_pb2,
@@ -46,9 +48,10 @@ def _message(dataset: sa.Row[Any]) -> dataset_pb2.Dataset:
 class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
     """tunery.dataset.v1.DatasetService."""
 
-    def __init__(self, datasets: Datasets, uploads: Uploads) -> None:
+    def __init__(self, datasets: Datasets, uploads: Uploads, reports: DatasetReports) -> None:
         self._datasets = datasets
         self._uploads = uploads
+        self._reports = reports
 
     async def UploadCsvForm(
         self, request_iterator: AsyncIterator[httpbody_pb2.HttpBody], context: Any
@@ -112,6 +115,20 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
         self, request: dataset_service_pb2.GetDatasetRequest, context: Any
     ) -> dataset_pb2.Dataset:
         return _message(await self._datasets.get(current_identity().subject, request.dataset_id))
+
+    async def GetDatasetReport(
+        self, request: dataset_service_pb2.GetDatasetReportRequest, context: Any
+    ) -> dataset_report_pb2.DatasetReport:
+        asked = ReportRequest(
+            dataset_id=request.dataset_id,
+            base_model=request.base_model if request.HasField("base_model") else None,
+            task_type=request.task_type if request.HasField("task_type") else None,
+            max_sequence_length=(
+                request.max_sequence_length if request.HasField("max_sequence_length") else None
+            ),
+        )
+        report = await self._reports.get(current_identity().subject, asked)
+        return json_format.ParseDict(report, dataset_report_pb2.DatasetReport())
 
     async def DeleteDataset(
         self, request: dataset_service_pb2.DeleteDatasetRequest, context: Any

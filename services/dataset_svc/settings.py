@@ -13,6 +13,10 @@ class DatasetSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
     """What dataset_svc reads from the environment (`TUNERY_*`)."""
 
     job_svc_address: str = Field(description="HOST:PORT of job_svc.")
+    models_dir: Path = Field(
+        description="Folder of base models, for reports on datasets; those missing are fetched into it."
+    )
+    catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
     max_upload_bytes: int = Field(2**30, gt=0, description="Largest file, uploaded or named by a URI.")
     import_file_roots: tuple[Path, ...] = Field(
         (), description='Folders that file:// URIs may point into, as JSON: ["/srv/data"]. None by default.'

@@ -100,6 +100,7 @@ def settings(
         identity_dir=tmp_path,
         database_url="sqlite+aiosqlite://",
         job_svc_address="127.0.0.1:1",
+        models_dir=tmp_path / "models",
         max_upload_bytes=LIMIT_BYTES,
         import_file_roots=(tmp_path / "roots",),
         import_https_hosts=(f"localhost:{https_port}", f"127.0.0.1:{https_port}"),

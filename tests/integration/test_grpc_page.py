@@ -10,10 +10,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.api import annotations_pb2
 from google.protobuf import descriptor_pb2
 
-from gateway.routes import OPEN_METHODS, PUBLIC_SERVICES
+from gateway.routes import OPEN_METHODS, PUBLIC_SERVICES, rest_bindings
 from svc_kit.errors import table
 from tests.conftest import RunningStack
 from tunery.job.v1 import job_service_pb2, job_service_pb2_grpc
@@ -115,10 +114,8 @@ def test_every_public_rpc_is_listed_with_its_path() -> None:
         for service in file.service:
             name = f"{file.package}.{service.name}"
             for method in service.method if name in PUBLIC_SERVICES else ():
-                rule = method.options.Extensions[annotations_pb2.http]
-                kind = rule.WhichOneof("pattern")
-                path = getattr(rule, kind).replace("=**}", "}") if kind else ""
-                rest = f" `{kind.upper()} {path}` " if kind else " "
+                paths = [f"`{kind} {path}`".replace("=**}", "}") for kind, path in rest_bindings(method)]
+                rest = f" {', '.join(paths)} " if paths else " "
                 expected.add(f"| `{name}/{method.name}` |{rest}|")
     assert {line for line in PAGE.splitlines() if line.startswith("| `tunery.")} == expected
     assert {method.split("/")[1].partition(".v1")[0] for method in OPEN_METHODS} == {

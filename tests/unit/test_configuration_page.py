@@ -223,6 +223,7 @@ def limits_table() -> str:
         ("Jobs on a page", f"{MAX_PAGE}, by default {DEFAULT_PAGE}", "fixed"),
         ("Time for an answer", f"{routes.DEFAULT_SECONDS} s", "fixed"),
         ("Time for making a job", f"{routes.SUBMIT_SECONDS} s", "fixed"),
+        ("Time for a report on a dataset", f"{routes.REPORT_SECONDS} s", "fixed"),
         ("Time for a chat", f"{routes.CHAT_SECONDS} s", "fixed"),
         ("Silence of a log that is followed", f"{routes.TAIL_IDLE_SECONDS // 3600} h", "fixed"),
         ("Silence of an upload or a download", f"{routes.TRANSFER_IDLE_SECONDS} s", "fixed"),

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import openapi_spec_validator
 import pytest
 import yaml
-from google.api import annotations_pb2
 from google.protobuf import descriptor_pb2
 from openapi_schema_validator import OAS30Validator, OAS31Validator
 
+from gateway.routes import rest_bindings
 from inference_svc import chat_request
 from inference_svc.chat_request import ChatRequest, RequestMessage
 from job_svc.config_request import (
@@ -29,7 +29,7 @@ from job_svc.csv_job_request import CsvJobBody, HyperparametersBody
 from svc_kit.errors import InvalidRequest, table
 from svc_kit.strict_json import StrictBody, validate
 from trainer_svc.engine.run_spec import Extras
-from tunery.dataset.v1 import dataset_pb2
+from tunery.dataset.v1 import dataset_pb2, dataset_report_pb2
 from tunery.inference.v1 import chat_service_pb2
 from tunery.job.v1 import credit_service_pb2, fine_tuning_service_pb2, job_pb2, model_pb2
 
@@ -58,6 +58,15 @@ GIVEN_SECOND = {
     ("post", "/fine_tuning/jobs/cancel", None, "200"),
     ("get", "/fine_tuning/jobs/tail", None, "200"),
 }
+REPORT_MESSAGES: list[Any] = [
+    dataset_report_pb2.DatasetReport,
+    dataset_report_pb2.BadRow,
+    dataset_report_pb2.TokenLengths,
+    dataset_report_pb2.TokenLengthBin,
+    dataset_report_pb2.DuplicateRow,
+    dataset_report_pb2.ExampleRow,
+    dataset_report_pb2.ExampleToken,
+]
 # Schemas of responses, and the messages that they are made from.
 RESPONSES = [
     (FIRST, "FineTuningJob", job_pb2.Job),
@@ -83,6 +92,7 @@ RESPONSES = [
     (SECOND, "FineTuningOptions", fine_tuning_service_pb2.FineTuningOptions),
     (SECOND, "Log", fine_tuning_service_pb2.Log),
     (SECOND, "Dataset", dataset_pb2.Dataset),
+    *((page, message.DESCRIPTOR.name, message) for page in PAGES.values() for message in REPORT_MESSAGES),
 ]
 # Schemas of requests, and the classes that read them.
 REQUESTS = [
@@ -149,9 +159,8 @@ def bindings() -> set[tuple[str, str]]:
     for file in files.file:
         for service in file.service:
             for method in service.method:
-                rule = method.options.Extensions[annotations_pb2.http]
-                if kind := rule.WhichOneof("pattern"):
-                    found.add((kind, getattr(rule, kind).replace("=**}", "}")))
+                for kind, template in rest_bindings(method):
+                    found.add((kind.lower(), template.replace("=**}", "}")))
     return found
 
 
