@@ -337,3 +337,128 @@ async def test_long_errors_and_long_metadata_arrive(services: Services) -> None:
         services.jobs.CreateJob(unknown, metadata=account), grpc.StatusCode.INVALID_ARGUMENT
     )
     assert len(message) <= 2000
+
+
+def probe(base_model: str = "tunery-tiny", **figures: float) -> worker_pb2.Probe:
+    usual: dict[str, Any] = {
+        "startup_seconds": 5.0,
+        "load_seconds": 1.0,
+        "seconds_per_step": 0.1,
+        "seconds_per_token": 0.001,
+        "base_memory_bytes": 1e9,
+        "bytes_per_token": 1e5,
+        "total_memory_bytes": 16e9,
+        "tokens_per_pass": 1024,
+    }
+    return worker_pb2.Probe(
+        base_model=base_model, method="lora", dtype="auto", device="cpu, 2 cores", **(usual | figures)
+    )
+
+
+async def put_probe(
+    services: Services, measured: worker_pb2.Probe, lease: worker_pb2.Lease | None = None
+) -> worker_pb2.PutProbeResponse:
+    request = worker_pb2.PutProbeRequest(probe=measured)
+    if lease is not None:
+        request.job_id, request.lease_token = lease.job_id, lease.lease_token
+    return await services.worker.PutProbe(request, metadata=services.process("trainer"))
+
+
+async def test_a_job_gets_its_estimate_from_a_probe(services: Services) -> None:
+    account = services.account()
+    job = await services.new_job(account, epochs=2)
+    lease = await lease_of(services, job, new_id("trainer"))
+    if lease.needs_probe:  # the first job of this database
+        told = await put_probe(services, probe(), lease)
+        assert told.estimate.startswith("estimate: ")
+    estimate = (await details(services, account, job)).estimate
+    assert estimate.steps > 0
+    assert estimate.seconds > 6
+    assert estimate.memory_bytes > 1e9
+    await end(services, lease, completed=completed(lease))
+    actual = (await details(services, account, job)).actual
+    assert actual.tokens == 400
+    assert 0 < actual.seconds < 60
+
+    # From then on the estimate is there before a trainer has the job.
+    later = await services.new_job(account, epochs=2)
+    lease = await lease_of(services, later, new_id("trainer"))
+    assert not lease.needs_probe
+    await end(services, lease, completed=completed(lease))
+
+
+async def test_a_run_that_cannot_fit_is_refused_with_the_numbers(services: Services) -> None:
+    account = services.account()
+    await put_probe(services, probe(base_memory_bytes=64e9))
+    try:
+        job = await services.new_job(account, epochs=2)
+        assert (await whole_log(services, account, job))[-1].kind == "end"
+    finally:
+        await put_probe(services, probe())
+    shown = await details(services, account, job)
+    assert shown.fault == "job"
+    assert "needs about 59.7 GiB of memory" in shown.error
+    assert "has 14.9 GiB" in shown.error
+    assert "smaller base model" in shown.error
+
+
+async def test_a_leased_job_that_cannot_fit_ends_with_its_lease(services: Services) -> None:
+    account = services.account()
+    job = await services.new_job(account, epochs=2)
+    lease = await lease_of(services, job, new_id("trainer"))
+    await refused(put_probe(services, probe(base_memory_bytes=64e9), lease), grpc.StatusCode.ABORTED)
+    await put_probe(services, probe())
+    assert (await get(services, account, job)).status == "failed"
+    await refused(renew(services, lease), grpc.StatusCode.ABORTED)
+
+
+async def test_a_model_is_deploying_while_it_is_checked(services: Services) -> None:
+    account = services.account()
+    job = await services.new_job(account, epochs=2)
+    lease = await lease_of(services, job, new_id("trainer"))
+
+    async def listed() -> list[tuple[str, str]]:
+        request = model_service_pb2.ListFineTunedModelsRequest()
+        found = await services.models.ListFineTunedModels(request, metadata=account)
+        return [(model.id, model.status) for model in found.data]
+
+    prefix = f"{lease.attempt_prefix}artifact/"
+    deploying = event(lease.next_seq, "deploying", object_prefix=prefix)
+    await report(services, lease, deploying)
+    await report(services, lease, deploying)
+    [(model_id, status)] = await listed()
+    assert status == "deploying"
+    assert (await get(services, account, job)).status == "running"
+    delete = model_service_pb2.DeleteFineTunedModelRequest(model_id=model_id)
+    message = await refused(
+        services.models.DeleteFineTunedModel(delete, metadata=account), grpc.StatusCode.NOT_FOUND
+    )
+    assert "still being checked" in message
+
+    # An attempt that fails takes it back; the next one's keeps its id to the end.
+    await end(services, lease, failed=worker_pb2.Failed(message="not the trained one", fault="platform"))
+    assert await listed() == []
+    lease = await lease_of(services, job, new_id("trainer"))
+    await report(services, lease, event(lease.next_seq, "deploying", object_prefix=prefix))
+    [(model_id, _)] = await listed()
+    await end(services, lease, completed=completed(lease))
+    assert await listed() == [(model_id, "available")]
+
+
+async def test_a_removed_checkpoint_is_gone(services: Services) -> None:
+    account = services.account()
+    job = await services.new_job(account, epochs=2)
+    lease = await lease_of(services, job, new_id("trainer"))
+    first = lease.next_seq
+    await report(
+        services,
+        lease,
+        event(first, "checkpoint", **(CHECKPOINT | {"step": 1, "ends_epoch": False})),
+        event(first + 1, "checkpoint", **CHECKPOINT),
+        event(first + 2, "checkpoint_removed", step=1),
+    )
+    shown = await services.fine_tuning.GetJobStatus(
+        fine_tuning_service_pb2.GetJobStatusRequest(job_id=job.id), metadata=account
+    )
+    assert [uri.rpartition("/")[2] for uri in shown.checkpoints] == ["epoch-1.tar"]
+    await end(services, lease, completed=completed(lease))
