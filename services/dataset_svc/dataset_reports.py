@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import sqlalchemy as sa
+from minio.error import MinioException
 
 from dataset_svc.child_process import run_module
 from dataset_svc.datasets import Datasets, reports_prefix
