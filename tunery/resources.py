@@ -58,6 +58,16 @@ class JobList(TypedDict):
     total: int
 
 
+class JobCost(TypedDict):
+    """What a job takes: seconds from the start of training, memory at most."""
+
+    tokens: float
+    steps: int
+    seconds: float
+    memory_bytes: float
+    credits: NotRequired[float]
+
+
 class JobDetails(TypedDict):
     """A job with why it failed, how long it will take and what it costs."""
 
@@ -70,6 +80,9 @@ class JobDetails(TypedDict):
     tokens_trained: float
     credits_held: NotRequired[float]
     credits_charged: NotRequired[float]
+    estimated_finish: NotRequired[str]
+    estimate: NotRequired[JobCost]
+    actual: NotRequired[JobCost]
 
 
 class FineTunedModel(TypedDict):

@@ -123,7 +123,9 @@ class _Conversion:
     def run(self, source: Path) -> None:
         with source.open("rb") as file:
             is_csv = self._format == "csv"
-            counts = self._write(iter_csv_examples(file, self._plan) if is_csv else iter_dialog_examples(file))
+            counts = self._write(
+                iter_csv_examples(file, self._plan) if is_csv else iter_dialog_examples(file)
+            )
         for use, num_rows in counts.items():
             path = self._folder / f"{use}.jsonl"
             self._prepared.files[use] = DataFile("", path.stat().st_size, num_rows)

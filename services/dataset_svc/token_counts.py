@@ -120,7 +120,7 @@ class _Counter:
         if self._template is None:
             raise jinja2.TemplateError("the base model has no chat template")
         dialog = row["dialog"]
-        rendered, _ = render_jinja_template([dialog], chat_template=self._template, **self._special)
+        rendered: Any = render_jinja_template([dialog], chat_template=self._template, **self._special)
         kept = row.get("keep_loss") or [message["role"] == "assistant" for message in dialog]
         # Each answer's end is trained on too.
         targets = sum(
@@ -128,7 +128,7 @@ class _Counter:
             for message, is_kept in zip(dialog, kept, strict=True)
             if is_kept
         )
-        return self._length(rendered[0]), targets
+        return self._length(rendered[0][0]), targets
 
     def _length(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -368,3 +368,61 @@ def test_cancel_of_an_ended_job_is_409(trained: Trained, qa_job: dict[str, Any])
     ):
         refused(response, 409, "job_ended", "completed")
     assert account.job(qa_job["id"]) == qa_job
+
+
+class TestMetrics:
+    """The extension that reads and follows a job's metrics."""
+
+    def test_every_step_and_measurement_is_there(self, trained: Trained, qa_job: dict[str, Any]) -> None:
+        response = trained.account.http.get(f"{JOBS}/{qa_job['id']}/metrics", timeout=5)
+
+        assert response.headers["content-type"] == "application/x-ndjson"
+        metrics = [json.loads(line) for line in response.text.splitlines()]
+        steps = [metric for metric in metrics if "training_loss" in metric]
+        assert [metric["step"] for metric in steps] == [1, 2, 3, 4]
+        assert steps[-1]["training_loss"] == qa_job["training_metrics"]["training_loss"]
+        assert all(metric["tokens_per_second"] > 0 for metric in steps)
+        assert 0 < steps[-1]["matrix_peak_share"] < 1
+        assert steps[-1]["peak_memory_bytes"] > 2**20
+        measured = [metric for metric in metrics if "validation_loss" in metric]
+        assert [metric["step"] for metric in measured] == [2, 4]
+        assert measured[-1]["validation_loss"] == qa_job["training_metrics"]["validation_loss"]
+        seqs = [metric["seq"] for metric in metrics]
+        assert seqs == sorted(set(seqs))
+
+    def test_after_seq_goes_on_from_there(self, trained: Trained, qa_job: dict[str, Any]) -> None:
+        path = f"{JOBS}/{qa_job['id']}/metrics"
+        every = trained.account.http.get(path).text.splitlines()
+        after = json.loads(every[2])["seq"]
+
+        assert trained.account.http.get(path, params={"after_seq": after}).text.splitlines() == every[3:]
+        assert trained.account.http.get(path, params={"after_seq": 2**31 - 1}).text == ""
+        refused(trained.account.http.get(path, params={"after_seq": -1}), 400, "invalid_request", "after_seq")
+
+    def test_another_accounts_are_not_found(self, qa_job: dict[str, Any], other_account: Account) -> None:
+        refused(other_account.http.get(f"{JOBS}/{qa_job['id']}/metrics"), 404, "not_found", qa_job["id"])
+
+
+class TestEstimates:
+    """What a job will take is told before it trains, and held against what it took."""
+
+    def test_job_has_its_estimate_and_what_it_took(self, trained: Trained, qa_job: dict[str, Any]) -> None:
+        details = ok(trained.account.http.get(f"{JOBS}/{qa_job['id']}/details"))
+        estimate, actual = details["estimate"], details["actual"]
+
+        assert set(estimate) == set(actual) == {"tokens", "steps", "seconds", "memory_bytes", "credits"}
+        assert estimate["steps"] == actual["steps"] == 4
+        assert estimate["tokens"] == pytest.approx(actual["tokens"], rel=0.1)
+        assert estimate["memory_bytes"] == pytest.approx(actual["memory_bytes"], rel=0.5)
+        assert (estimate["credits"], actual["credits"]) == (
+            details["credits_held"],
+            details["credits_charged"],
+        )
+        log = trained.account.log(qa_job["id"])
+        assert any(line.startswith("estimate: 4 steps · ") for line in log), log
+
+    def test_model_is_checked_before_it_is_available(self, trained: Trained, qa_job: dict[str, Any]) -> None:
+        log = trained.account.log(qa_job["id"])
+
+        assert log.index("model stored, and now checked") < len(log) - 1
+        assert any("stored model checked: its logits differ by" in line for line in log)

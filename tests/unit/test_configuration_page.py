@@ -56,7 +56,7 @@ MEANINGS = {
     "shuffle": "Whether each epoch draws a new order of rows.",
     "custom_training_options": "LoRA or full fine-tuning; the tables below.",
     "extras": "Further settings of the engine; the table below.",
-    "lora_attn_modules": "The attention projections that get adapters; `o_proj` is `output_proj`.",
+    "lora_attn_modules": "The attention projections that get adapters, by torchtune's or the model's names.",
     "apply_lora_to_mlp": "Adapters on the feed-forward layers too.",
     "apply_lora_to_output": "An adapter on the output projection too.",
     "lora_rank": "The adapters' rank.",

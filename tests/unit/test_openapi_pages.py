@@ -72,6 +72,8 @@ RESPONSES = [
     (FIRST, "FineTuningJob", job_pb2.Job),
     (FIRST, "FineTuningJobList", job_pb2.JobList),
     (FIRST, "FineTuningJobDetails", job_pb2.JobDetails),
+    (FIRST, "JobCost", job_pb2.JobCost),
+    (FIRST, "Metric", job_pb2.Metric),
     (FIRST, "Hyperparameters", job_pb2.Hyperparameters),
     (FIRST, "TrainingMetrics", job_pb2.TrainingMetrics),
     (FIRST, "Dataset", dataset_pb2.Dataset),

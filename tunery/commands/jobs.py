@@ -25,7 +25,7 @@ from tunery.commands.training_log import TrainingLog, parse_log_lines, record_js
 
 if TYPE_CHECKING:
     from tunery.client import TuneryClient
-    from tunery.resources import Hyperparameters, Job, JobDetails, TaskType
+    from tunery.resources import Hyperparameters, Job, JobCost, JobDetails, TaskType
 
 app = typer.Typer(help="Create, list, watch and cancel fine-tuning jobs.", no_args_is_help=True)
 
@@ -201,10 +201,21 @@ def _print_details(details: JobDetails) -> None:
             ("training loss", _loss(job, "training_loss")),
             ("validation loss", _loss(job, "validation_loss")),
             ("tokens", f"{details['tokens_trained']:,.0f}"),
+            ("estimate", _cost(details.get("estimate"))),
+            ("actual", _cost(details.get("actual"))),
             ("attempts", str(details["attempts"])),
             ("credits held", _number(details.get("credits_held"))),
             ("credits charged", _number(details.get("credits_charged"))),
         ]
+    )
+
+
+def _cost(cost: JobCost | None) -> str | None:
+    if cost is None:
+        return None
+    gib = cost["memory_bytes"] / 2**30
+    return (
+        f"{cost['steps']:,} steps, {cost['tokens']:,.0f} tokens, {duration_text(cost['seconds'])}, {gib:.1f} GiB"
     )
 
 

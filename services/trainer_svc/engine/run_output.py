@@ -138,8 +138,8 @@ class RunOutput:
             loss = "unknown" if state.training_loss is None else f"{state.training_loss:.4f}"
             self._events.write(
                 "finished",
-                f"finished after {state.step} steps · training loss {loss} · its logits, stored, differ "
-                f"by {difference:.1e}",
+                f"finished after {state.step} steps · training loss {loss} · stored model checked: its "
+                f"logits differ by {difference:.1e}",
                 path=ARTIFACT_DIR,
                 training_loss=state.training_loss,
                 validation_loss=state.validation_loss,

@@ -16,6 +16,7 @@ from trainer_svc.engine.base_model import compute_dtype, load_base_model
 from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_checkpoint, read_training_state
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import ExampleSet, load_examples
+from trainer_svc.engine.fast_path import speed_up
 from trainer_svc.engine.optimizer import make_optimizer
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed
@@ -91,12 +92,17 @@ def prepare(
     training, validation = _load_data(spec, base.tokenizer, longest, events)
     # Every process makes the same adapters.
     torch.manual_seed(derived_seed(spec.seed, 0))
-    model = _apply_method(spec, base.model, group, events)
+    model = _apply_method(spec, base.model, events)
     model.train()
+    layers = "transformers' layers"
     if spec.extras.compile:
         for layer in decoder_layers(base.model):
             layer.compile(dynamic=True)
-        events.log("torch.compile: the first steps take a minute or two longer")
+        layers = "compiled layers; the first steps take a minute or two longer"
+    elif base.packs_rows and speed_up(model, dtype):
+        layers = "hand-written layers"
+    if isinstance(spec.method, FullMethod):
+        _share_out(base.model, spec.method, group, events)
     optimizer = make_optimizer(model.parameters(), spec)
     plan = Plan.of(spec, len(training.examples), group.world_size)
     start = _start_state(spec, plan, training)
@@ -120,7 +126,7 @@ def prepare(
         packs_rows=base.packs_rows,
         is_sharded=isinstance(model, FSDPModule),
     )
-    _log_facts(workload, spec, group, events)
+    _log_facts(workload, spec, group, layers, events)
     return workload
 
 
@@ -161,9 +167,7 @@ def _log_rows(name: str, examples: ExampleSet, longest: int, events: EventLog) -
         )
 
 
-def _apply_method(
-    spec: RunSpec, model: PreTrainedModel, group: ProcessGroup, events: EventLog
-) -> PreTrainedModel | PeftModel:
+def _apply_method(spec: RunSpec, model: PreTrainedModel, events: EventLog) -> PreTrainedModel | PeftModel:
     match spec.method:
         case LoraMethod() as method:
             modules = ", ".join(target_modules(model, method))
@@ -175,14 +179,14 @@ def _apply_method(
             events.log(f"full fine-tuning · activation checkpointing {checkpointing}")
             if method.activation_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
-            if group.world_size > 1:
-                events.log(shard(model, method, group))
-            else:
-                _log_nothing_to_shard(method, events)
             return model
 
 
-def _log_nothing_to_shard(method: FullMethod, events: EventLog) -> None:
+def _share_out(model: PreTrainedModel, method: FullMethod, group: ProcessGroup, events: EventLog) -> None:
+    """Shards the weights over several processes; in one process says which settings have no effect."""
+    if group.world_size > 1:
+        events.log(shard(model, method, group))
+        return
     asked = [name for name in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload") if getattr(method, name)]
     if asked:
         events.log(f"{' and '.join(asked)}: no effect, since one process has nothing to shard")
@@ -203,7 +207,7 @@ def _start_state(spec: RunSpec, plan: Plan, training: ExampleSet) -> TrainingSta
     return TrainingState(identity=identity)
 
 
-def _log_facts(workload: Workload, spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:
+def _log_facts(workload: Workload, spec: RunSpec, group: ProcessGroup, layers: str, events: EventLog) -> None:
     total = sum(parameter.numel() for parameter in workload.model.parameters())
     trainable = sum(parameter.numel() for parameter in workload.trainable)
     dtype = str(workload.dtype).removeprefix("torch.")
@@ -215,7 +219,7 @@ def _log_facts(workload: Workload, spec: RunSpec, group: ProcessGroup, events: E
     )
     events.log(
         f"{group.device.type} · {dtype} · {group.world_size} process{'es' if group.world_size > 1 else ''} · "
-        f"rows {'packed' if workload.packs_rows else 'one by one'}, no padding",
+        f"rows {'packed' if workload.packs_rows else 'one by one'}, no padding · {layers}",
         device=group.device.type,
         dtype=dtype,
         processes=group.world_size,
