@@ -168,7 +168,11 @@ class DatasetReports:
         with tempfile.TemporaryDirectory(prefix="tunery-report-") as name:
             folder = Path(name)
             source = folder / "dataset"
-            await self._store.get_file(question.dataset.object_key, source)
+            try:
+                await self._store.get_file(question.dataset.object_key, source)
+            except MinioException:
+                await self._datasets.get(account_id, question.dataset.id)  # it may have been deleted
+                raise
             rows_file, report_file = folder / "rows.jsonl", folder / "report.json"
             check = await _in_thread(
                 lambda look_up: _check(source, question.plan, folder, rows_file, look_up)
