@@ -40,7 +40,7 @@ async def main(settings: DatasetSettings) -> None:
     catalog = load_catalog(settings.catalog_file)
     reports = DatasetReports(datasets, store, catalog, settings.models_dir, settings.catalog_file)
     sources = DataSources(settings, datasets, store)
-    job_data = JobData(sources, datasets, store)
+    job_data = JobData(sources, datasets, store, catalog, settings.models_dir)
     services = [
         ServedService(
             "tunery.dataset.v1.DatasetService",

@@ -7,7 +7,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -16,9 +16,12 @@ from dataset_svc.data_sources import DataSources
 from dataset_svc.datasets import Datasets
 from dataset_svc.dialog_rows import RowProblem
 from dataset_svc.task_columns import ColumnPlan, TaskType, plan_columns
+from dataset_svc.token_counts import RowSample, TokenCounts, count_tokens
 from dataset_svc.training_rows import CheckedRow, iter_csv_examples, iter_dialog_examples
+from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.object_store import ObjectStore, account_prefix
+from trainer_svc.base_models import base_model_dir
 
 TRAINING, VALIDATION = "training", "validation"
 
@@ -34,6 +37,7 @@ class DataRequest:
     task_type: TaskType | None
     num_validation_rows: int
     seed: int
+    base_model: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class DataFile:
     object_key: str
     size_bytes: int
     num_rows: int
+    tokens: TokenCounts
 
 
 @dataclass
@@ -59,10 +64,19 @@ class PreparedData:
 class JobData:
     """Makes jobs' data ready."""
 
-    def __init__(self, sources: DataSources, datasets: Datasets, store: ObjectStore) -> None:
+    def __init__(
+        self,
+        sources: DataSources,
+        datasets: Datasets,
+        store: ObjectStore,
+        catalog: Catalog,
+        models_dir: Path,
+    ) -> None:
         self._sources = sources
         self._datasets = datasets
         self._store = store
+        self._catalog = catalog
+        self._models_dir = models_dir
 
     async def prepare(self, request: DataRequest) -> PreparedData:
         """Copies and checks a job's data. Repeatable: the same objects are written again.
@@ -74,13 +88,14 @@ class JobData:
         with tempfile.TemporaryDirectory(prefix="tunery-data-") as name:
             folder = Path(name)
             prepared = PreparedData()
+            model_dir = base_model_dir(self._catalog.get(request.base_model), self._models_dir)
             with (folder / "report.json").open("w", encoding="utf-8") as report:
                 report.write(json.dumps({"job_id": request.job_id})[:-1] + ', "rows": [')
                 for use, uri in ((TRAINING, request.training_uri), (VALIDATION, request.validation_uri)):
                     if uri is not None:
                         source = folder / f"{use}.source"
                         format_ = await self._sources.fetch(request.account_id, uri, source)
-                        job = _Conversion(request, use, uri, format_, folder, prepared, report)
+                        job = _Conversion(request, use, uri, format_, folder, model_dir, prepared, report)
                         await asyncio.to_thread(job.run, source)
                 report.write("\n]}\n")
             await self._store_results(request, folder, prepared)
@@ -96,7 +111,7 @@ class JobData:
         for use, file in prepared.files.items():
             key = f"{prefix}data/{use}.jsonl"
             await self._store.put_file(key, folder / f"{use}.jsonl")
-            prepared.files[use] = DataFile(key, file.size_bytes, file.num_rows)
+            prepared.files[use] = replace(file, object_key=key)
 
 
 class _Conversion:
@@ -109,6 +124,7 @@ class _Conversion:
         uri: str,
         format_: str,
         folder: Path,
+        model_dir: Path,
         prepared: PreparedData,
         report: TextIO,
     ) -> None:
@@ -117,20 +133,24 @@ class _Conversion:
         self._uri = uri
         self._format = format_
         self._folder = folder
+        self._model_dir = model_dir
         self._prepared = prepared
         self._report = report
 
     def run(self, source: Path) -> None:
         with source.open("rb") as file:
             is_csv = self._format == "csv"
-            counts = self._write(
+            samples = self._write(
                 iter_csv_examples(file, self._plan) if is_csv else iter_dialog_examples(file)
             )
-        for use, num_rows in counts.items():
-            path = self._folder / f"{use}.jsonl"
-            self._prepared.files[use] = DataFile("", path.stat().st_size, num_rows)
-        if not self._prepared.num_bad_rows and not counts.get(self._use):
+        if self._prepared.num_bad_rows:
+            return
+        if not samples[self._use].num_rows:
             raise InvalidRequest(f"{self._uri} has no rows.")
+        for use, sample in samples.items():
+            size_bytes = (self._folder / f"{use}.jsonl").stat().st_size
+            tokens = count_tokens(sample, self._model_dir)
+            self._prepared.files[use] = DataFile("", size_bytes, sample.num_rows, tokens)
 
     def _plan(self, columns: list[str]) -> ColumnPlan:
         assert self._request.task_type is not None, "CSV goes with a task"
@@ -140,11 +160,11 @@ class _Conversion:
             self._prepared.remarks.append(f"columns that the task doesn't use: {listed}")
         return plan
 
-    def _write(self, rows: Iterable[CheckedRow]) -> dict[str, int]:
-        """Writes the rows, those drawn for validation apart, and returns how many went where."""
+    def _write(self, rows: Iterable[CheckedRow]) -> dict[str, RowSample]:
+        """Writes the rows, those drawn for validation apart, and returns what went where."""
         draws = self._draw()
         uses = [self._use] if draws is None else [TRAINING, VALIDATION]
-        counts = dict.fromkeys(uses, 0)
+        samples = {use: RowSample() for use in uses}
         outputs = {use: (self._folder / f"{use}.jsonl").open("w", encoding="utf-8") for use in uses}
         try:
             for row in rows:
@@ -153,12 +173,13 @@ class _Conversion:
                     self._note(row.problems)
                     continue
                 use = VALIDATION if is_drawn else self._use
-                outputs[use].write(json.dumps(row.example, ensure_ascii=False) + "\n")
-                counts[use] += 1
+                line = json.dumps(row.example, ensure_ascii=False) + "\n"
+                outputs[use].write(line)
+                samples[use].note(line)
         finally:
             for output in outputs.values():
                 output.close()
-        return counts
+        return samples
 
     def _draw(self) -> Iterator[bool] | None:
         """Which rows are kept for validation: a function of the seed and the number of rows.

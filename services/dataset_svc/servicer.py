@@ -182,6 +182,7 @@ class JobDataServicer(job_data_service_pb2_grpc.JobDataServiceServicer):
                     task_type=cast(TaskType, request.task_type) if request.HasField("task_type") else None,
                     num_validation_rows=request.num_validation_rows,
                     seed=request.seed,
+                    base_model=request.base_model,
                 )
             )
         except NotFound as error:
@@ -200,5 +201,10 @@ def _file_message(file: DataFile | None) -> job_data_service_pb2.DataFile | None
     if file is None:
         return None
     return job_data_service_pb2.DataFile(
-        object_key=file.object_key, size_bytes=file.size_bytes, num_rows=file.num_rows
+        object_key=file.object_key,
+        size_bytes=file.size_bytes,
+        num_rows=file.num_rows,
+        num_tokens=file.tokens.num_tokens,
+        num_targets=file.tokens.num_targets,
+        longest_row_tokens=file.tokens.longest_row_tokens,
     )
