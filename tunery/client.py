@@ -30,6 +30,7 @@ from tunery.resources import (
     BaseModel,
     ChatMessage,
     Dataset,
+    DatasetReport,
     FineTunedModel,
     Hyperparameters,
     Job,
@@ -162,6 +163,37 @@ class TuneryClient:
     def list_datasets(self) -> list[Dataset]:
         """Returns the account's datasets, newest first."""
         return self._json("GET", f"{API}/datasets")["data"]
+
+    def get_dataset_report(
+        self,
+        dataset_id: str,
+        base_model: str | None = None,
+        task_type: TaskType | None = None,
+        max_sequence_length: int | None = None,
+    ) -> DatasetReport:
+        """Returns what a job would make of a dataset's rows. The first time it takes seconds to minutes.
+
+        Args:
+            dataset_id: the dataset, CSV or JSONL.
+            base_model: whose tokens are counted; None: the catalog's default.
+            task_type: what a CSV's rows are; None: what its columns fit.
+            max_sequence_length: the longest row in tokens; None: the model's context.
+
+        Raises:
+            ClientError: there is no such dataset (`not_found`) or model (`unknown_base_model`), the columns
+                don't fit (`unsupported_columns`), or an argument is out of its range.
+        """
+        asked = {
+            "base_model": base_model,
+            "task_type": task_type,
+            "max_sequence_length": max_sequence_length,
+        }
+        return self._json(
+            "GET",
+            f"{API}/datasets/{_segment(dataset_id)}/report",
+            params={name: value for name, value in asked.items() if value is not None},
+            timeout=httpx.Timeout(_SLOW_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
+        )
 
     def delete_dataset(self, dataset_id: str) -> None:
         """Deletes a dataset.

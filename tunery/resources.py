@@ -18,6 +18,80 @@ class Dataset(TypedDict):
     created_at: str
 
 
+class BadRow(TypedDict):
+    """A row that can't be trained on."""
+
+    line: int
+    column: NotRequired[str]
+    problem: str
+    cure: str
+
+
+class TokenLengthBin(TypedDict):
+    """How many rows have a length from `from_tokens` to `to_tokens`."""
+
+    from_tokens: int
+    to_tokens: int
+    num_rows: int
+
+
+class TokenLengths(TypedDict):
+    """Lengths of rows in tokens."""
+
+    min: int
+    max: int
+    mean: float
+    p50: int
+    p95: int
+    p99: int
+    histogram: list[TokenLengthBin]
+
+
+class DuplicateRow(TypedDict):
+    """A row that repeats an earlier one."""
+
+    line: int
+    first_line: int
+
+
+class ExampleToken(TypedDict):
+    """A token's text, and whether it is trained on."""
+
+    text: str
+    is_target: bool
+
+
+class ExampleRow(TypedDict):
+    """A row as the model sees it."""
+
+    line: int
+    num_tokens: int
+    text: str
+    tokens: list[ExampleToken]
+
+
+class DatasetReport(TypedDict):
+    """What a job would make of a dataset's rows; lists have at most 100 entries, counts count all."""
+
+    dataset_id: str
+    format: str
+    base_model: str
+    task_type: NotRequired[str]
+    num_rows: int
+    num_bad_rows: int
+    bad_rows: list[BadRow]
+    token_lengths: NotRequired[TokenLengths]
+    num_rows_measured: int
+    max_sequence_length: int
+    num_long_rows: int
+    long_row_lines: list[int]
+    num_duplicate_rows: int
+    duplicate_rows: list[DuplicateRow]
+    num_rows_without_target: int
+    without_target_lines: list[int]
+    example: NotRequired[ExampleRow]
+
+
 class Hyperparameters(TypedDict, total=False):
     """How to train; what is left out has the service's default."""
 

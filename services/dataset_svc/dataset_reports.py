@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import sqlalchemy as sa
+from minio.error import MinioException
 
 from dataset_svc.child_process import run_module
 from dataset_svc.datasets import Datasets, reports_prefix
@@ -167,7 +168,11 @@ class DatasetReports:
         with tempfile.TemporaryDirectory(prefix="tunery-report-") as name:
             folder = Path(name)
             source = folder / "dataset"
-            await self._store.get_file(question.dataset.object_key, source)
+            try:
+                await self._store.get_file(question.dataset.object_key, source)
+            except MinioException:
+                await self._datasets.get(account_id, question.dataset.id)  # it may have been deleted
+                raise
             rows_file, report_file = folder / "rows.jsonl", folder / "report.json"
             check = await _in_thread(
                 lambda look_up: _check(source, question.plan, folder, rows_file, look_up)

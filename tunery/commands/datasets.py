@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from tunery.commands.connection import DataDir, connect
+from tunery.commands.dataset_report import print_report
 from tunery.commands.output import (
     AsJson,
     print_facts,
@@ -22,9 +23,9 @@ from tunery.errors import SetUpError
 
 if TYPE_CHECKING:
     from tunery.client import TuneryClient
-    from tunery.resources import Dataset
+    from tunery.resources import Dataset, TaskType
 
-app = typer.Typer(help="Upload, list and delete training data.", no_args_is_help=True)
+app = typer.Typer(help="Upload, list, check and delete training data.", no_args_is_help=True)
 
 
 @app.command()
@@ -73,6 +74,37 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             for dataset in datasets
         ],
     )
+
+
+@app.command()
+def report(
+    dataset_id: Annotated[str, typer.Argument(metavar="DATASET_ID")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model", "--model", help="Whose tokens to count. Default: the catalog's default."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="qa|not_qa", help="What a CSV's rows are. Default: what its columns fit."),
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="The longest row in tokens. Default: the model's context."),
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is wrong with a dataset's rows and what a model will see of them, before a job is made."""
+    with connect(data_dir) as client, stderr_console().status(f"looking through {dataset_id}"):
+        told = client.get_dataset_report(
+            dataset_id, base_model, cast("TaskType | None", task), max_sequence_length
+        )
+    if as_json:
+        print_json(told)
+    else:
+        print_report(told)
 
 
 @app.command()

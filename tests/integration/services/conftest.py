@@ -161,7 +161,7 @@ def service_processes(
         "TUNERY_DATASET_SVC_ADDRESS": f"127.0.0.1:{dataset_port}",
         "TUNERY_JOB_SVC_ADDRESS": f"127.0.0.1:{job_port}",
         "TUNERY_PUBLIC_URL": "http://gateway.test",
-        "TUNERY_MODELS_DIR": str(folder / "models"),
+        "TUNERY_MODELS_DIR": str(tmp_path_factory.getbasetemp() / "models"),  # empty at first
         "TUNERY_LEASE_SECONDS": "4",
     }
     if request.param == "postgresql":

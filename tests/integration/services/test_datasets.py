@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import grpc
 import pytest
 
 from dataset_svc.uploads import MAX_CONCURRENT_UPLOADS
 from svc_kit.ids import new_id
+from svc_kit.object_store import ObjectStore
+from svc_kit.settings import ObjectStoreSettings
 from tunery.dataset.v1 import dataset_service_pb2, job_data_service_pb2
 from tunery.dataset.v1.job_data_service_pb2_grpc import JobDataServiceStub
 from tunery.job.v1 import job_pb2, job_service_pb2
@@ -47,6 +50,27 @@ async def test_a_dataset_is_shown_once_stored_and_gone_once_deleted(services: Se
     assert await code_of(services.datasets.GetDataset(get, metadata=account)) == grpc.StatusCode.NOT_FOUND
     again = services.datasets.DeleteDataset(delete_request(made.id), metadata=account)
     assert await code_of(again) == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_report_on_a_dataset_that_is_deleted_meanwhile_leaves_nothing(services: Services) -> None:
+    account = services.account()
+    dataset = await services.upload(account, ROWS)
+    question = dataset_service_pb2.GetDatasetReportRequest(dataset_id=dataset.id, base_model="tunery-tiny")
+    report = services.datasets.GetDatasetReport(question, metadata=account)
+    # On the first database the base model has to be fetched, before the rows are measured.
+    model_file = Path(services.environment["TUNERY_MODELS_DIR"]) / "tunery-tiny" / "config.json"
+    while not model_file.exists():
+        assert not report.done(), await report
+        await asyncio.sleep(0.05)
+    await services.datasets.DeleteDataset(delete_request(dataset.id), metadata=account)
+    assert await code_of(report) == grpc.StatusCode.NOT_FOUND
+    own = {
+        name.removeprefix("TUNERY_").lower(): value
+        for name, value in services.environment.items()
+        if name.startswith("TUNERY_S3_")
+    }
+    stored = await ObjectStore(ObjectStoreSettings.model_validate(own)).list("accounts/")
+    assert not [each.key for each in stored if dataset.id in each.key]
 
 
 async def test_a_native_upload_that_is_cut_off_stores_nothing(services: Services) -> None:

@@ -258,6 +258,34 @@ def test_datasets(stack, rows_csv):
     assert_fails(stack.tunery("datasets", "delete", uploaded["id"]), NOT_FOUND, uploaded["id"])
 
 
+def test_report_on_a_dataset(stack, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nWhat?,[b]That\n" + f"What?,{'so ' * 99}\n" * 30 + "What?,\n" * 15)
+    dataset_id = stack.tunery("datasets", "upload", str(path), "--json").json["id"]
+    asked = ("datasets", "report", dataset_id, "--base-model", "tunery-tiny", "--max-sequence-length", "60")
+
+    told = stack.tunery(*asked, "--task", "qa", "--json").json
+    assert (told["dataset_id"], told["num_rows"], told["num_bad_rows"]) == (dataset_id, 46, 15)
+    code, lines = run_in_terminal(80, *asked, "--data-dir", str(stack.data_dir))
+    assert code == 0
+    assert max(map(len, lines)) <= 80
+    facts = dict(part for line in lines if len(part := re.split("  +", line, maxsplit=1)) == 2)
+    assert facts["rows"] == "46"
+    assert facts["duplicate rows"] == "29: lines 4 (as 3), 5 (as 3), 6 (as 3), 7 (as 3), 8 (as 3), 9"
+    assert facts["over 60 tokens"] == "30: lines 3, 4, 5, 6, 7, 8, 9, 10, …"
+    shown = "\n".join(lines)
+    [longest] = [line for line in lines if line.endswith("█" * 40)]
+    assert " 30 " in longest
+    assert re.search(r"33 +answer +the value is empty +write some text", shown)
+    assert "and 5 more" in shown
+    assert "⟦[b]That<|im_end|>⟧" in shown
+    assert "⟦[b]That<|im_end|>⟧" in stack.tunery(*asked).out
+
+    refused = stack.tunery("datasets", "report", dataset_id, "--task", "chat")
+    assert_fails(refused, REFUSED, "task_type", "not_qa")
+    assert_fails(stack.tunery("datasets", "report", "ds-none"), NOT_FOUND, "ds-none")
+
+
 def test_broken_dataset(stack, tmp_path):
     broken = tmp_path / "broken.csv"
     broken.write_text("question,answer\nonly one\n")
