@@ -213,10 +213,8 @@ def _print_details(details: JobDetails) -> None:
 def _cost(cost: JobCost | None) -> str | None:
     if cost is None:
         return None
-    gib = cost["memory_bytes"] / 2**30
-    return (
-        f"{cost['steps']:,} steps, {cost['tokens']:,.0f} tokens, {duration_text(cost['seconds'])}, {gib:.1f} GiB"
-    )
+    duration, gib = duration_text(cost["seconds"]), cost["memory_bytes"] / 2**30
+    return f"{cost['steps']:,} steps, {cost['tokens']:,.0f} tokens, {duration}, {gib:.1f} GiB"
 
 
 def _job_facts(job: Job) -> list[tuple[str, str | None]]:

@@ -13,10 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from svc_kit.parent_death import die_with_parent
+from trainer_svc.engine.device import make_deterministic
 from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory
 from trainer_svc.engine.events import EVENTS_FILE, EventLog
 from trainer_svc.engine.gradients import is_out_of_memory
@@ -84,15 +84,6 @@ def _fail(events: EventLog, group: ProcessGroup, message: str, fault: Fault, **f
         # torchrun kills all processes once one has ended, and the first may still be writing its event.
         time.sleep(_FIRST_RANK_REPORTS_SECONDS)
     return JOB_FAULT_EXIT_CODE if fault == "job" else 1
-
-
-def make_deterministic() -> None:
-    """Has torch choose algorithms that give the same bits each time, where it has any."""
-    # cuBLAS needs it said before its first use.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Only for finding reads of memory that was never written; costs a pass over each new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # no stub
 
 
 if __name__ == "__main__":

@@ -52,3 +52,12 @@ def device_name(device: torch.device) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def make_deterministic() -> None:
+    """Has torch choose algorithms that give the same bits each time, where it has any."""
+    # cuBLAS needs it said before its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Only for finding reads of memory that was never written; costs a pass over each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # no stub

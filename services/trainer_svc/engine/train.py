@@ -11,15 +11,16 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 
+from trainer_svc.engine.artifact import ARTIFACT_DIR
 from trainer_svc.engine.checkpoint import TrainingState
-from trainer_svc.engine.device import matrix_peak_flops, peak_memory_bytes
+from trainer_svc.engine.device import make_deterministic, matrix_peak_flops, peak_memory_bytes
 from trainer_svc.engine.errors import Diverged, JobFault
-from trainer_svc.engine.events import EventLog, format_duration, plain_log
+from trainer_svc.engine.events import EVENTS_FILE, EventLog, Subscriber, format_duration, plain_log
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.flops import FlopCounts
 from trainer_svc.engine.gradients import GradientComputer, StepResult
 from trainer_svc.engine.optimizer import learning_rate_at, set_learning_rate
-from trainer_svc.engine.process_group import ProcessGroup
+from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
 from trainer_svc.engine.progress import Progress
 from trainer_svc.engine.row_order import epoch_order
 from trainer_svc.engine.run_output import LOGS_DIR, RunOutput
@@ -28,6 +29,41 @@ from trainer_svc.engine.setup import Workload, prepare
 from trainer_svc.engine.wandb_tracking import start_wandb
 
 _LISTED_ROWS = 20
+
+
+def fine_tune(spec: RunSpec, on_event: Subscriber | None = None) -> Path:
+    """Does a whole run in this process, or in one of several that torchrun started.
+
+    Has torch choose deterministic algorithms, for the whole process and from then on.
+
+    Args:
+        spec: what to do; its `output_dir` is made if missing, and must hold no other run.
+        on_event: called with each event after it is written.
+
+    Returns:
+        The artifact's folder: what peft or transformers load, and a model card.
+
+    Raises:
+        FileExistsError: `output_dir` holds another run.
+        JobFault: and the others that `train` raises.
+    """
+    make_deterministic()
+    group = join_process_group()
+    try:
+        if group.is_first:
+            spec.output_dir.mkdir(parents=True, exist_ok=True)
+            if (spec.output_dir / EVENTS_FILE).exists():
+                raise FileExistsError(f"{spec.output_dir} holds another run; give each run its own folder")
+        events = EventLog(spec.output_dir, silent=not group.is_first)
+        if on_event is not None:
+            events.subscribe(on_event)
+        try:
+            train(spec, group, events)
+        finally:
+            events.close()
+    finally:
+        leave_process_group()
+    return spec.output_dir / ARTIFACT_DIR
 
 
 def train(spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer_svc.engine.__main__ import make_deterministic
+from trainer_svc.engine.device import make_deterministic
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
 from trainer_svc.engine.run_spec import RunSpec
