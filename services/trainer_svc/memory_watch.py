@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # The kernel counts here the processes that it has killed for want of memory: of this container, or of all.
-_COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
 
 class MemoryFull(Exception):
@@ -24,8 +24,8 @@ class MemoryFull(Exception):
 class MemoryWatch:
     """Watches one run of the engine from its start to its death."""
 
-    def __init__(self, counters: tuple[Path, ...] = _COUNTERS) -> None:
-        self._counters = counters
+    def __init__(self, counters: tuple[Path, ...] | None = None) -> None:
+        self._counters = COUNTERS if counters is None else counters
         self._kills_before = self._count_kills()
         self._tokens_per_pass = 0
         self._longest_row_tokens = 0

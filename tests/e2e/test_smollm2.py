@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.conftest import RunningStack, wait_until
 from tunery.client import TuneryClient
@@ -20,8 +21,9 @@ from tunery.client import TuneryClient
 ROWS = Path(__file__).parent / "gsm8k"
 BASE = "smollm2-135m-instruct"
 TRAINING_SECONDS = 400
-# bfloat16 has 8 bits of mantissa, and the service decodes token by token where the check reads at once.
-LOGPROB_TOLERANCE = 0.15
+# bfloat16 has 8 bits of mantissa; another adapter or none is off by far more.
+MEAN_LOGPROB_DIFFERENCE = 0.1
+LARGEST_LOGPROB_DIFFERENCE = 0.4
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.timeout(TRAINING_SECONDS + 200)]
 
@@ -69,26 +71,26 @@ def check_artifact(client: httpx.Client, model_id: str, models_dir: Path, folder
     )
     scored = answer.raise_for_status().json()["choices"][0]["logprobs"]["content"]
 
-    base = AutoModelForCausalLM.from_pretrained(models_dir / BASE, dtype="auto")
+    # In float32, so that rounding is the service's alone; on its own answer, since where two tokens are about
+    # as likely, rounding decides.
+    base = AutoModelForCausalLM.from_pretrained(models_dir / BASE, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
+    tokens = torch.tensor(tokenizer.convert_tokens_to_ids([token_of(item["bytes"]) for item in scored]))
     with torch.inference_mode():
-        produced = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=12,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        logits = model(produced).logits[0, prompt.shape[1] - 1 : -1].float()
-    tokens = produced[0, prompt.shape[1] :]
+        logits = model(torch.cat([prompt[0], tokens])[None]).logits[0, prompt.shape[1] - 1 : -1]
     expected = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-    assert [item["token"] for item in scored] == [tokenizer.decode(token) for token in tokens][: len(scored)]
-    for item, logprob in zip(scored, expected.tolist(), strict=False):
-        assert item["logprob"] == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
+    answered = torch.tensor([item["logprob"] for item in scored])
+    assert (answered - expected).abs().mean() < MEAN_LOGPROB_DIFFERENCE
+    assert (answered - expected).abs().max() < LARGEST_LOGPROB_DIFFERENCE
+
+
+def token_of(content: list[int]) -> str:
+    """A token as the tokenizer writes it, from its bytes."""
+    return "".join(bytes_to_unicode()[byte] for byte in content)
 
 
 def test_csv_rows_through_the_first_contract(stack: RunningStack, models_dir: Path, tmp_path: Path) -> None:
