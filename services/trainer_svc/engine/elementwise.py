@@ -1,6 +1,6 @@
 """What a decoder layer does between its matrix products, forward and backward, in few passes over memory.
 
-Activations stay in the format of the products; sums over a row and the scales that come of them are float32.
+Activations stay in the format of the products, but within a norm, which is float32.
 
 Shapes: S tokens of a pack, D model width, H heads, E width of a head, F feed-forward width.
 """
@@ -12,42 +12,47 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 
-def rms_scale(x_SD: Tensor, epsilon: float) -> Tensor:
-    """The factor that brings each row to a root mean square of one (Zhang & Sennrich 2019, arXiv:1910.07467).
+def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Each row brought to a root mean square of one, times a weight.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467. In float32 throughout and rounded once: on the CPU that is also
+    faster than bfloat16.
 
     Returns:
-        float32 [S, 1], or [..., 1] for other leading dimensions.
+        [S, D] in `x_SD`'s format, and each row's factor, float32 [S, 1].
     """
-    norm = torch.linalg.vector_norm(x_SD, dim=-1, keepdim=True, dtype=torch.float32)
-    return (norm * norm / x_SD.shape[-1] + epsilon).rsqrt_()
+    out_SD = x_SD.to(torch.float32, copy=True)
+    norm_S1 = torch.linalg.vector_norm(out_SD, dim=-1, keepdim=True)
+    scale_S1 = (norm_S1 * norm_S1 / x_SD.shape[-1] + epsilon).rsqrt_()
+    return _weighted(out_SD.mul_(scale_S1), weight_D).to(x_SD.dtype), scale_S1
 
 
-def rms_norm(x_SD: Tensor, scale_S1: Tensor, weight_D: Tensor) -> Tensor:
-    """Normalised rows times the weight, in `x_SD`'s format."""
-    out_SD = torch.empty_like(x_SD)
-    # `out` has each product written in the narrow format at once, without a float32 copy.
-    torch.mul(x_SD, scale_S1, out=out_SD)
-    return out_SD.mul_(weight_D.to(x_SD.dtype))
+def rms_norm_again(x_SD: Tensor, scale_S1: Tensor, weight_D: Tensor) -> Tensor:
+    """What `rms_norm` returned, from the factors that it returned."""
+    return _weighted(x_SD.to(torch.float32, copy=True).mul_(scale_S1), weight_D).to(x_SD.dtype)
 
 
 def rms_norm_backward(
     grad_SD: Tensor, x_SD: Tensor, scale_S1: Tensor, weight_D: Tensor, residual_grad_SD: Tensor | None
 ) -> Tensor:
     """The gradient of `rms_norm` by `x_SD`, plus that which reaches `x_SD` around the norm."""
-    weighted_SD = grad_SD * weight_D.to(grad_SD.dtype)
-    dot_S1 = (weighted_SD * x_SD).sum(-1, keepdim=True, dtype=torch.float32)
-    along_x_S1 = scale_S1.pow(3).mul_(dot_S1).div_(-x_SD.shape[-1])
-    out_SD = torch.empty_like(x_SD)
-    if residual_grad_SD is None:
-        torch.mul(weighted_SD, scale_S1, out=out_SD)
-    else:
-        torch.addcmul(residual_grad_SD, weighted_SD, scale_S1, out=out_SD)
-    return out_SD.addcmul_(x_SD, along_x_S1)
+    normed_SD = x_SD.to(torch.float32, copy=True).mul_(scale_S1)
+    out_SD = _weighted(grad_SD.to(torch.float32, copy=True), weight_D)
+    mean_S1 = (out_SD * normed_SD).mean(-1, keepdim=True)
+    out_SD.addcmul_(normed_SD, mean_S1, value=-1).mul_(scale_S1)
+    if residual_grad_SD is not None:
+        out_SD += residual_grad_SD
+    return out_SD.to(x_SD.dtype)
 
 
 def rms_norm_weight_gradient(grad_SD: Tensor, x_SD: Tensor, scale_S1: Tensor) -> Tensor:
     """The gradient of `rms_norm` by its weight: float32 [D]."""
-    return (grad_SD * x_SD).mul_(scale_S1).flatten(0, -2).sum(0, dtype=torch.float32)
+    normed_SD = x_SD.to(torch.float32, copy=True).mul_(scale_S1)
+    return normed_SD.mul_(grad_SD).flatten(0, -2).sum(0)
+
+
+def _weighted(x_SD: Tensor, weight_D: Tensor) -> Tensor:
+    return x_SD.mul_(weight_D.float())
 
 
 def rotate(x_SHE: Tensor, cos_S1E: Tensor, sin_S1E: Tensor, out_SHE: Tensor) -> None:

@@ -23,9 +23,9 @@ from transformers.activations import SiLUActivation
 
 from trainer_svc.engine.elementwise import (
     rms_norm,
+    rms_norm_again,
     rms_norm_backward,
     rms_norm_weight_gradient,
-    rms_scale,
     rotate,
     swiglu,
     swiglu_backward,
@@ -153,24 +153,22 @@ class FastLayer:
     ) -> tuple[Tensor, _Kept]:
         """The output, and what `backward` needs."""
         norms, qkv, attention_out, gate_up, down = self.split(parameters)
-        input_scale_S1 = rms_scale(x_SD, self.epsilon)
-        normed_SD = rms_norm(x_SD, input_scale_S1, norms[0])
+        normed_SD, input_scale_S1 = rms_norm(x_SD, norms[0], self.epsilon)
         projected, low_qkv = self.qkv.apply(normed_SD, self.qkv.weights(qkv, self.dtype))
         projected_SNE = projected.view(len(x_SD), -1, self.head_width)
         query, key, value = self._split_heads(projected_SNE)
         head_scales: tuple[Tensor, ...] = ()
         if self.has_head_norms:
-            head_scales = (rms_scale(query, self.epsilon), rms_scale(key, self.epsilon))
-            query = rms_norm(query, head_scales[0], norms[2])
-            key = rms_norm(key, head_scales[1], norms[3])
+            query, query_scales = rms_norm(query, norms[2], self.epsilon)
+            key, key_scales = rms_norm(key, norms[3], self.epsilon)
+            head_scales = (query_scales, key_scales)
         query, key = self._rotate(query, key, rows)
         attended_SHE, kept_attention = attend(query, key, value, rows.segments, keep=keep)
         attended = attended_SHE.flatten(1)
         middle_SD, low_out = self.attention_out.apply(
             attended, self.attention_out.weights(attention_out, self.dtype), residual_SO=x_SD
         )
-        middle_scale_S1 = rms_scale(middle_SD, self.epsilon)
-        normed_SD = rms_norm(middle_SD, middle_scale_S1, norms[1])
+        normed_SD, middle_scale_S1 = rms_norm(middle_SD, norms[1], self.epsilon)
         gate_up_S2F, low_gate_up = self.gate_up.apply(normed_SD, self.gate_up.weights(gate_up, self.dtype))
         out_SD, low_down = self.down.apply(
             swiglu(gate_up_S2F), self.down.weights(down, self.dtype), residual_SO=middle_SD
@@ -228,7 +226,7 @@ class FastLayer:
         del grad_SF
         normed_SD = None
         if self.gate_up.uses_input(needs_gate_up):
-            normed_SD = rms_norm(kept.middle, kept.middle_scale, norms[1])
+            normed_SD = rms_norm_again(kept.middle, kept.middle_scale, norms[1])
         grad_normed, grads_gate_up = self.gate_up.backward(
             grad_gate_up,
             normed_SD,
@@ -254,7 +252,7 @@ class FastLayer:
         assert grad_attended is not None
         grad_projected = self._attention_backward(grad_attended, kept, norms, needs_norms, grads_norms, rows)
         if self.qkv.uses_input(needs_qkv):
-            normed_SD = rms_norm(kept.x, kept.input_scale, norms[0])
+            normed_SD = rms_norm_again(kept.x, kept.input_scale, norms[0])
         grad_normed, grads_qkv = self.qkv.backward(
             grad_projected,
             normed_SD,

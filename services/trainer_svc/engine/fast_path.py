@@ -8,7 +8,6 @@ Shapes: S tokens of a pack, T target tokens of a pack, D model width, E width of
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +50,6 @@ def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     _extend(causal_lm.lm_head, functools.partial(_head_forward, head, dtype))
     _extend(causal_lm, functools.partial(_model_forward, causal_lm, dtype))
     causal_lm.tunery_fast_path = True
-    if next(causal_lm.parameters()).device.type == "cpu":
-        _keep_freed_memory()
     return True
 
 
@@ -135,14 +132,3 @@ def _layer_forward(layer: Any, fast_layer: FastLayer, hidden_SD: Tensor, *, pack
 
 def _head_forward(head: Projection, dtype: torch.dtype, hidden_TD: Tensor, *, pack: Tensor) -> Tensor:
     return summed_cross_entropy(hidden_TD, pack, head, tuple(head.parameters()), dtype)
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what is freed, since fresh pages from the kernel cost more than a pass over them."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library, which has its own ways
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 2**31 - 1)
-    mallopt(trim_threshold, 2**31 - 1)

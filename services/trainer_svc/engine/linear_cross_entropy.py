@@ -18,6 +18,7 @@ from trainer_svc.engine.projection import Projection
 
 # Logits of one part. On the CPU about what its last cache holds; on a GPU enough to fill it.
 _MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+_ROWS_OF_A_SUM = 64
 
 
 def summed_cross_entropy(
@@ -92,10 +93,11 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Ten
     # In place is right on the CPU only, where a row is read before it's written.
     out = logits_CV if logits_CV.device.type == "cpu" else None
     gradient_CV = torch.softmax(logits_CV, dim=-1, out=out)
-    labels_C1 = labels_C.unsqueeze(1)
-    target_C = gradient_CV.gather(1, labels_C1).squeeze(1).float()
-    gradient_CV.scatter_(1, labels_C1, 0.0)
-    others_C = gradient_CV.sum(-1, dtype=torch.float32)
-    gradient_CV.scatter_(1, labels_C1, -others_C.unsqueeze(1).to(gradient_CV.dtype))
+    targets = (torch.arange(len(labels_C), device=labels_C.device), labels_C)
+    target_C = gradient_CV[targets].float()
+    gradient_CV[targets] = 0
+    # Some rows at a time, since the sum makes a float32 copy first.
+    others_C = torch.cat([part.sum(-1, dtype=torch.float32) for part in gradient_CV.split(_ROWS_OF_A_SUM)])
+    gradient_CV[targets] = -others_C.to(gradient_CV.dtype)
     loss_C = torch.where(others_C < 0.5, -torch.log1p(-others_C.clamp(max=0.5)), -target_C.log())
     return loss_C.sum(), gradient_CV

@@ -71,7 +71,7 @@ def make_pack(examples: Sequence[Example], device: torch.device) -> Pack:
     )
 
 
-def group_rows(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+def group_rows(examples: Sequence[Example], max_tokens: int, multiple_of: int = 1) -> list[list[Example]]:
     """Splits examples into few groups of about the same size; a row longer than `max_tokens` stands alone.
 
     The longest go first, each to where most room is (LPT: Graham 1969, Bounds on Multiprocessing Timing
@@ -80,13 +80,15 @@ def group_rows(examples: Sequence[Example], max_tokens: int) -> list[list[Exampl
     Args:
         examples: of one step.
         max_tokens: of a group; 0 makes each row a group of its own.
+        multiple_of: the number of groups is one of this, if there are as many rows.
 
     Returns:
         Groups in the order of their first examples, each in the order given: a function of the arguments.
     """
     longest_first = sorted(range(len(examples)), key=lambda index: -examples[index].num_tokens)
-    total = sum(example.num_tokens for example in examples)
-    for num_groups in range(max(1, -(-total // max(max_tokens, 1))), len(examples) + 1):
+    short = [example.num_tokens for example in examples if example.num_tokens <= max_tokens]
+    fewest = max(1, len(examples) - len(short) + -(-sum(short) // max(max_tokens, 1)))
+    for num_groups in range(-(-fewest // multiple_of) * multiple_of, len(examples) + 1, multiple_of):
         groups: list[list[int]] = [[] for _ in range(num_groups)]
         sizes = [0] * num_groups
         for index in longest_first:

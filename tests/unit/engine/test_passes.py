@@ -1,0 +1,137 @@
+"""Packs computed several at once: the same sums as one after the other, the same bits each time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from trainer_svc.engine.examples import Example
+from trainer_svc.engine.fast_path import speed_up
+from trainer_svc.engine.packing import group_rows
+from trainer_svc.engine.passes import Passes
+
+CONFIG = LlamaConfig(
+    vocab_size=200,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+)
+LENGTHS = (90, 20, 310, 45, 7, 160, 33, 80)
+
+
+def make_examples(*lengths: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    examples = []
+    for length in lengths:
+        is_target = torch.rand(length, generator=generator) < 0.5
+        is_target[0] = False
+        is_target[-1] = True
+        examples.append(Example(torch.randint(3, 200, (length,), generator=generator), is_target))
+    return examples
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_passes(*, fast: bool = True) -> tuple[nn.Module, Passes]:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(CONFIG).train()
+    if fast:
+        assert speed_up(model, torch.float32)
+    return model, Passes(model, list(model.parameters()), dtype=torch.float32, packs_rows=fast)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_several_at_once_are_one_after_the_other() -> None:
+    rows = make_examples(*LENGTHS)
+    num_targets = sum(row.num_targets for row in rows)
+    model, passes = make_passes()
+    packs = passes.split(rows)
+    assert len(packs) == 4
+    first = passes.add_gradients(packs, num_targets)
+    first_gradients = gradients(model)
+    for _ in range(5):
+        assert passes.add_gradients(packs, num_targets) == first
+        assert all(map(torch.equal, gradients(model), first_gradients))
+    one_by_one = sum(passes.add_gradients([pack], num_targets) for pack in packs)
+    assert first == pytest.approx(one_by_one, rel=1e-6)
+    for ours, expected in zip(first_gradients, gradients(model), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+    assert passes.summed_loss(packs) / num_targets == pytest.approx(first, rel=1e-6)
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_the_usual_layers_run_one_after_the_other() -> None:
+    """Dropout in threads would draw its numbers in any order."""
+    rows = make_examples(*LENGTHS)
+    model, passes = make_passes(fast=False)
+    assert [len(pack.segment_lengths) for pack in passes.split(rows)] == [1] * len(rows)
+    fast_model, fast_passes = make_passes()
+    expected = passes.add_gradients(passes.split(rows), 10)
+    assert fast_passes.add_gradients(fast_passes.split(rows), 10) == pytest.approx(expected, rel=1e-5)
+    for ours, theirs in zip(gradients(fast_model), gradients(model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = make_passes()
+    packs = passes.split(make_examples(*LENGTHS))
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(TypeError, match="not callable"):
+        passes.add_gradients(packs, 1)
+
+
+def test_no_packs() -> None:
+    """A process may have no rows in a step."""
+    model, passes = make_passes()
+    assert passes.split([]) == []
+    assert passes.add_gradients([], 5) == 0
+    assert passes.summed_loss([]) == 0
+    assert gradients(model) == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "multiple_of", "expected"),
+    [
+        ((5, 5, 5, 5), 10, 1, [[0, 1], [2, 3]]),
+        ((9, 1, 1, 9), 10, 1, [[0, 1], [2, 3]]),
+        ((30, 5, 5), 10, 1, [[0], [1, 2]]),
+        ((3, 3, 3, 3), 100, 2, [[0, 2], [1, 3]]),
+        ((6, 6, 6, 6, 6), 10, 2, [[0], [1], [2], [3], [4]]),
+        ((4, 4, 4), 0, 1, [[0], [1], [2]]),
+        ((4,), 100, 4, [[0]]),
+    ],
+)
+def test_groups(
+    lengths: tuple[int, ...], max_tokens: int, multiple_of: int, expected: list[list[int]]
+) -> None:
+    examples = make_examples(*lengths)
+    groups = group_rows(examples, max_tokens, multiple_of)
+    places = [[next(i for i, e in enumerate(examples) if e is x) for x in group] for group in groups]
+    assert sorted(itertools.chain(*places)) == list(range(len(lengths)))
+    assert all(len(g) == 1 or sum(lengths[i] for i in g) <= max_tokens for g in places)
+    assert sorted(sorted(lengths[i] for i in g) for g in places) == sorted(
+        sorted(lengths[i] for i in g) for g in expected
+    )
+    assert places == sorted(places)
