@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from trainer_svc.engine.errors import JobFault, OutOfMemory
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import Example
-from trainer_svc.engine.loss import summed_loss
-from trainer_svc.engine.packing import Pack, group_rows, make_pack
+from trainer_svc.engine.packing import Pack, make_pack
+from trainer_svc.engine.passes import Passes
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed, rank_share
 from trainer_svc.engine.run_spec import TOKENS_PER_PASS, RunSpec
@@ -55,6 +55,9 @@ class GradientComputer:
         self._events = events
         self._workload = workload
         self._tokens_per_pass = spec.tokens_per_pass or TOKENS_PER_PASS[group.device.type]
+        self._passes = Passes(
+            workload.model, workload.trainable, dtype=workload.dtype, packs_rows=workload.packs_rows
+        )
 
     def compute(self, rows: Sequence[Example], step: int) -> StepResult:
         """Leaves the clipped gradients of a step on the parameters.
@@ -91,7 +94,7 @@ class GradientComputer:
         model = self._workload.model
         model.eval()
         with torch.no_grad():
-            total = self._until_it_fits(lambda: self._total_loss(rows), rows)
+            total = self._until_it_fits(lambda: self._passes.summed_loss(self._packs(rows)[0]), rows)
         model.train()
         return self._group.sum_scalar(total) / sum(row.num_targets for row in rows)
 
@@ -99,46 +102,24 @@ class GradientComputer:
         """Returns this process's part of the loss, and its share of padding."""
         self._workload.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(derived_seed(self._spec.seed, step, self._group.rank))
-        loss = torch.zeros((), device=self._group.device)
-        num_computed = num_needed = 0
-        for pack, counts in self._packs(rows):
-            pack_loss = self._loss(pack) * (1.0 / num_targets if counts else 0.0)
-            pack_loss.backward()
-            loss += pack_loss.detach()
-            num_computed += pack.input_ids.numel()
-            num_needed += sum(pack.segment_lengths) if counts else 0
-        return float(loss), 1 - num_needed / num_computed if num_computed else 0.0
+        packs, num_needed = self._packs(rows)
+        loss = self._passes.add_gradients(packs, num_targets)
+        num_computed = sum(pack.input_ids.numel() for pack in packs)
+        return loss, 1 - num_needed / num_computed if num_computed else 0.0
 
-    def _total_loss(self, rows: Sequence[Example]) -> float:
-        return sum(float(self._loss(pack)) * counts for pack, counts in self._packs(rows))
-
-    def _loss(self, pack: Pack) -> torch.Tensor:
-        workload = self._workload
-        return summed_loss(workload.model, pack, workload.dtype, packs_rows=workload.packs_rows)
-
-    def _packs(self, rows: Sequence[Example]) -> list[tuple[Pack, bool]]:
-        """This process's share of the rows in packs, each with whether it counts.
+    def _packs(self, rows: Sequence[Example]) -> tuple[list[Pack], int]:
+        """This process's share of the rows in packs, and how many tokens it has.
 
         Processes that share the weights must go through the model equally often: those with fewer packs
         repeat one that doesn't count.
         """
         share = rank_share(rows, rank=self._group.rank, world_size=self._group.world_size)
-        groups = self._grouped(share)
-        packs = [(make_pack(examples, self._group.device), True) for examples in groups]
+        packs = self._passes.split(share, self._tokens_per_pass) if share else []
         if self._workload.is_sharded:
             shortest = min(rows, key=lambda row: row.num_tokens)
-            missing = self._group.largest(len(packs)) - len(packs)
-            packs += [(make_pack([shortest], self._group.device), False)] * missing
-        return packs
-
-    def _grouped(self, share: Sequence[Example]) -> list[list[Example]]:
-        max_tokens = self._tokens_per_pass if self._workload.packs_rows else 0
-        rows_per_pass = self._spec.batch_size
-        return [
-            examples
-            for start in range(0, len(share), rows_per_pass)
-            for examples in group_rows(share[start : start + rows_per_pass], max_tokens)
-        ]
+            idle = replace(make_pack([shortest], self._group.device), counts=False)
+            packs += [idle] * (self._group.largest(len(packs)) - len(packs))
+        return packs, sum(row.num_tokens for row in share)
 
     def _until_it_fits(self, compute: Callable[[], _T], rows: Sequence[Example]) -> _T:
         """Returns what `compute` does; while the memory is too small, with passes of half the size."""

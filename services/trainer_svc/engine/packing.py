@@ -37,6 +37,7 @@ class Pack:
         segment_lengths: the rows' lengths in tokens; they sum to S.
         logit_positions: int64 [T]; where a target is predicted, that is, the position before it.
         labels: int64 [T]; the target tokens.
+        counts: False for a pass that only keeps other processes company: its loss counts as zero.
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class Pack:
     segment_lengths: tuple[int, ...]
     logit_positions: Tensor
     labels: Tensor
+    counts: bool = True
 
     @property
     def num_tokens(self) -> int:

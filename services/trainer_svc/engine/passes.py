@@ -21,9 +21,7 @@ from trainer_svc.engine.examples import Example
 from trainer_svc.engine.fast_path import is_fast
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import Pack, group_rows, make_pack
-
-# By device. Past this a pack's matrix products gain nothing, and its activations are what fills the memory.
-MAX_TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192}
+from trainer_svc.engine.run_spec import TOKENS_PER_PASS
 
 # Below this a pass takes as long as reading the weights, which all cores do better together.
 _MIN_TOKENS_AT_ONCE = 128
@@ -60,9 +58,14 @@ class Passes:
             _keep_freed_memory()
         self._threads = ThreadPoolExecutor(self._max_at_once, "pass") if self._max_at_once > 1 else None
 
-    def split(self, rows: Sequence[Example]) -> list[Pack]:
-        """The rows in packs: a function of the rows and of the machine."""
-        max_tokens = MAX_TOKENS_PER_PASS[self._device.type] if self._packs_rows else 0
+    def split(self, rows: Sequence[Example], tokens_per_pass: int | None = None) -> list[Pack]:
+        """The rows in packs: a function of the rows and of the machine.
+
+        Args:
+            rows: this process's share.
+            tokens_per_pass: most tokens of a pack, a longer row aside; None is what suits the device.
+        """
+        max_tokens = (tokens_per_pass or TOKENS_PER_PASS[self._device.type]) if self._packs_rows else 0
         num_tokens = sum(row.num_tokens for row in rows)
         at_once = max(1, min(self._max_at_once, num_tokens // _MIN_TOKENS_AT_ONCE, len(rows)))
         return [make_pack(group, self._device) for group in group_rows(rows, max_tokens, at_once)]
@@ -110,7 +113,8 @@ class Passes:
         return list(self._threads.map(compute_with_its_share_of_cores, shares))
 
     def _loss(self, pack: Pack) -> Tensor:
-        return summed_loss(self._model, pack, self._dtype, packs_rows=self._packs_rows)
+        loss = summed_loss(self._model, pack, self._dtype, packs_rows=self._packs_rows)
+        return loss if pack.counts else loss * 0.0
 
     def _loss_without_gradient(self, packs: Sequence[Pack]) -> float:
         with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer_svc.engine import gradients
+from trainer_svc.engine import passes
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.run_spec import RunSpec
 
@@ -23,13 +23,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], 
     """Makes the loss of those calls NaN whose number, from 1, the argument says."""
 
     def spoil(is_bad: Callable[[int], bool]) -> None:
-        real, calls = gradients.summed_loss, [0]
+        real, calls = passes.summed_loss, [0]
 
         def sometimes_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
             calls[0] += 1
             return real(*args, **kwargs) * (math.nan if is_bad(calls[0]) else 1.0)
 
-        monkeypatch.setattr(gradients, "summed_loss", sometimes_nan)
+        monkeypatch.setattr(passes, "summed_loss", sometimes_nan)
 
     return spoil
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer_svc.engine import gradients
+from trainer_svc.engine import passes
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.gradients import is_out_of_memory
 from trainer_svc.engine.run_spec import RunSpec
@@ -22,7 +22,7 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Lets no pass of more tokens through, as a full memory would; returns the passes that were tried."""
 
     def limit(num_tokens: int) -> list[int]:
-        real = gradients.summed_loss
+        real = passes.summed_loss
         tried: list[int] = []
 
         def limited(model: Any, pack: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -33,7 +33,7 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return loss
 
-        monkeypatch.setattr(gradients, "summed_loss", limited)
+        monkeypatch.setattr(passes, "summed_loss", limited)
         return tried
 
     return limit
@@ -56,14 +56,14 @@ def test_validation_gets_smaller_passes_too(
     make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch, rows_file: Path
 ) -> None:
     roomy = run_engine(make_spec("roomy", batch_size=13, validation_file=rows_file, epochs=1))
-    real = gradients.summed_loss
+    real = passes.summed_loss
 
     def limited(model: Any, pack: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not model.training and pack.num_tokens > 100:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(model, pack, *args, **kwargs)
 
-    monkeypatch.setattr(gradients, "summed_loss", limited)
+    monkeypatch.setattr(passes, "summed_loss", limited)
     tight = run_engine(make_spec("tight", batch_size=13, validation_file=rows_file, epochs=1))
     assert tight.of_kind("validation")[0]["loss"] == pytest.approx(
         roomy.of_kind("validation")[0]["loss"], rel=1e-5
@@ -95,6 +95,6 @@ def test_other_errors_pass(make_spec: MakeSpec, run_engine: Any, monkeypatch: py
     def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError("shapes don't match")
 
-    monkeypatch.setattr(gradients, "summed_loss", broken)
+    monkeypatch.setattr(passes, "summed_loss", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         run_engine(make_spec())
