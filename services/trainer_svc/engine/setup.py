@@ -98,7 +98,7 @@ def prepare(
     if spec.extras.compile:
         for layer in decoder_layers(base.model):
             layer.compile(dynamic=True)
-        layers = "compiled layers; the first steps take a minute or two longer"
+        layers = "layers by torch.compile, the first steps a minute or two longer"
     elif base.packs_rows and speed_up(model, dtype):
         layers = "hand-written layers"
     if isinstance(spec.method, FullMethod):
