@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -61,9 +62,14 @@ class RunOutput:
         )
         kept, removed = split_kept((*state.checkpoints, mark), self._spec.extras.keep_checkpoints)
         state = state.model_copy(update={"checkpoints": kept})
+        started_at = time.perf_counter()
+        self._writer.wait()
         snapshot = take_snapshot(self._workload.model, self._workload.optimizer, keep=self._group.is_first)
+        waited_seconds = time.perf_counter() - started_at
         if self._group.is_first:
-            self._writer.write(partial(self._write_checkpoint, state, snapshot, mark, removed))
+            self._writer.write(
+                partial(self._write_checkpoint, state, snapshot, mark, removed, waited_seconds)
+            )
         return state
 
     def newest_checkpoint(self, state: TrainingState) -> Path | None:
@@ -84,6 +90,7 @@ class RunOutput:
         snapshot: Snapshot,
         mark: CheckpointMark,
         removed: tuple[CheckpointMark, ...],
+        waited_seconds: float,
     ) -> None:
         workload = self._workload
 
@@ -104,6 +111,7 @@ class RunOutput:
             path=str(mark.path),
             tokens_trained=state.tokens_trained,
             epochs_completed=self._epochs_completed(state),
+            waited_seconds=round(waited_seconds, 4),
         )
         for old in removed:
             if not self._spec.leaves_removed_checkpoints:
