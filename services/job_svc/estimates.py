@@ -12,6 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_svc import credits
+from job_svc.job_plan import LARGEST_COUNT
 from job_svc.tables import probes
 from svc_kit.database import Database
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
@@ -94,7 +95,7 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
     # At the end the model is loaded once more, to be checked.
     return Cost(
         tokens=tokens,
-        steps=steps,
+        steps=min(steps, LARGEST_COUNT),
         seconds=(probe["startup_seconds"] + probe["load_seconds"] + training + validating + _SERVICE_SECONDS),
         memory_bytes=_memory(run, counts, probe),
     )
