@@ -36,17 +36,19 @@ from trainer_svc.engine.segment_attention import Segments, attend, attend_backwa
 
 @dataclass(frozen=True)
 class Rows:
-    """What all layers need to know of a pack.
+    """What the layers need to know of a pack.
 
     Attributes:
         segments: the rows' lengths.
         cos_S1E: of the rotary embedding, in the products' format.
         sin_S1E: likewise.
+        outputs_T: int64; where the layer's output is asked for, in any order; None is everywhere.
     """
 
     segments: Segments
     cos_S1E: Tensor
     sin_S1E: Tensor
+    outputs_T: Tensor | None = None
 
 
 class _Kept(NamedTuple):
@@ -58,10 +60,10 @@ class _Kept(NamedTuple):
         low_qkv: see `Projection.apply`.
         projected: queries, keys and values before their norms, [S, N, E]; None without such norms.
         head_scales: of those norms, for queries and keys.
-        attended: attention's output, [S, H * E].
+        attended: attention's output, [S, H * E], or [T, H * E] where the layer's output is.
         attention: see `attend`.
         low_out: see `Projection.apply`.
-        middle: after attention, [S, D].
+        middle: after attention, [S, D], or [T, D] where the output is.
         middle_scale: of the second norm, float32 [S, 1].
         low_gate_up: see `Projection.apply`.
         gate_up: [S, 2F].
@@ -99,7 +101,7 @@ class FastLayer:
         self.scaling = attention.scaling
         self.head_width = attention.head_dim
         num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        self.qkv_heads = (attention.q_proj.out_features // attention.head_dim, num_kv_heads, num_kv_heads)
+        self.num_heads = (attention.q_proj.out_features // attention.head_dim, num_kv_heads, num_kv_heads)
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
         # Qwen3 normalises each head's queries and keys.
         self.has_head_norms = hasattr(attention, "q_norm")
@@ -162,11 +164,13 @@ class FastLayer:
             query, query_scales = rms_norm(query, norms[2], self.epsilon)
             key, key_scales = rms_norm(key, norms[3], self.epsilon)
             head_scales = (query_scales, key_scales)
-        query, key = self._rotate(query, key, rows)
-        attended_SHE, kept_attention = attend(query, key, value, rows.segments, keep=keep)
-        attended = attended_SHE.flatten(1)
+        heads_SNE = self._rotated(query, key, value, rows)
+        attended_SHE, kept_attention = attend(heads_SNE, self.num_heads[1], rows.segments, keep=keep)
+        attended, residual = attended_SHE.flatten(1), x_SD
+        if rows.outputs_T is not None:
+            attended, residual = (part.index_select(0, rows.outputs_T) for part in (attended, residual))
         middle_SD, low_out = self.attention_out.apply(
-            attended, self.attention_out.weights(attention_out, self.dtype), residual_SO=x_SD
+            attended, self.attention_out.weights(attention_out, self.dtype), residual_SO=residual
         )
         normed_SD, middle_scale_S1 = rms_norm(middle_SD, norms[1], self.epsilon)
         gate_up_S2F, low_gate_up = self.gate_up.apply(normed_SD, self.gate_up.weights(gate_up, self.dtype))
@@ -250,6 +254,11 @@ class FastLayer:
             needs_input=True,
         )
         assert grad_attended is not None
+        if rows.outputs_T is not None:
+            grad_attended, grad_middle = (
+                part.new_zeros(len(kept.x), part.shape[1]).index_add_(0, rows.outputs_T, part)
+                for part in (grad_attended, grad_middle)
+            )
         grad_projected = self._attention_backward(grad_attended, kept, norms, needs_norms, grads_norms, rows)
         if self.qkv.uses_input(needs_qkv):
             normed_SD = rms_norm_again(kept.x, kept.input_scale, norms[0])
@@ -279,25 +288,18 @@ class FastLayer:
         rows: Rows,
     ) -> Tensor:
         """The gradient by the queries, keys and values as projected, [S, N * E]; fills in the head norms'."""
-        num_kv_heads = self.qkv_heads[1]
-        grad_SNE = grad_attended.new_empty(len(grad_attended), sum(self.qkv_heads), self.head_width)
-        grad_query, grad_key, grad_value = self._split_heads(grad_SNE)
-        rotated = torch.empty_like(grad_SNE[:, :-num_kv_heads])
-        grad_rotated_query, grad_rotated_key = rotated.split(self.qkv_heads[:2], dim=1)
-        attend_backward(
+        grad_heads_SNE = attend_backward(
             grad_attended.unflatten(1, (-1, self.head_width)),
             kept.attention,
+            self.num_heads[1],
             rows.segments,
-            grad_rotated_query,
-            grad_rotated_key,
-            grad_value,
         )
-        self._rotate_back(grad_rotated_query, grad_rotated_key, rows, grad_query, grad_key)
+        grad_SNE = self._rotated(*self._split_heads(grad_heads_SNE), rows, back=True)
         if self.has_head_norms:
             assert kept.projected is not None
-            heads = self._split_heads(kept.projected)
+            grads, heads = self._split_heads(grad_SNE), self._split_heads(kept.projected)
             for index, (grad, x, scale) in enumerate(
-                zip((grad_query, grad_key), heads, kept.head_scales, strict=False), start=2
+                zip(grads, heads, kept.head_scales, strict=False), start=2
             ):
                 if needs_norms[index]:
                     grads_norms[index] = rms_norm_weight_gradient(grad, x, scale)
@@ -305,21 +307,20 @@ class FastLayer:
         return grad_SNE.flatten(1)
 
     def _split_heads(self, heads_SNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query_SHE, key_SKE, value_SKE = heads_SNE.split(self.qkv_heads, dim=1)
+        query_SHE, key_SKE, value_SKE = heads_SNE.split(self.num_heads, dim=1)
         return query_SHE, key_SKE, value_SKE
 
-    def _rotate(self, query_SHE: Tensor, key_SKE: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Rotated, and the queries scaled: then scores need no further pass."""
-        rotated_query, rotated_key = torch.empty_like(query_SHE), torch.empty_like(key_SKE)
-        rotate(query_SHE, rows.cos_S1E * self.scaling, rows.sin_S1E * self.scaling, rotated_query)
-        rotate(key_SKE, rows.cos_S1E, rows.sin_S1E, rotated_key)
-        return rotated_query, rotated_key
-
-    def _rotate_back(
-        self, grad_query: Tensor, grad_key: Tensor, rows: Rows, out_query: Tensor, out_key: Tensor
-    ) -> None:
-        rotate(grad_query, rows.cos_S1E * self.scaling, rows.sin_S1E * -self.scaling, out_query)
-        rotate(grad_key, rows.cos_S1E, -rows.sin_S1E, out_key)
+    def _rotated(
+        self, query_SHE: Tensor, key_SKE: Tensor, value_SKE: Tensor, rows: Rows, *, back: bool = False
+    ) -> Tensor:
+        """Queries and keys rotated, or gradients rotated back; queries scaled, so that scores needn't be."""
+        heads_SNE = value_SKE.new_empty(len(value_SKE), sum(self.num_heads), self.head_width)
+        out_query, out_key, out_value = self._split_heads(heads_SNE)
+        cos, sin = rows.cos_S1E, -rows.sin_S1E if back else rows.sin_S1E
+        rotate(query_SHE, cos * self.scaling, sin * self.scaling, out_query)
+        rotate(key_SKE, cos, sin, out_key)
+        out_value.copy_(value_SKE)
+        return heads_SNE
 
 
 class _LayerFunction(torch.autograd.Function):

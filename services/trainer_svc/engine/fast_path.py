@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,13 +115,16 @@ def _model_forward(causal_lm: Any, dtype: torch.dtype, *, pack: Pack) -> Tensor:
     no_data = torch.empty(0, dtype=torch.float32, device=hidden_SD.device)
     cos_1SE, sin_1SE = inner.rotary_emb(no_data, position_ids=pad(pack.position_ids, (0, filling)))
     rows = Rows(
-        Segments.of(lengths, hidden_SD.device, dtype),
+        Segments.of(lengths, hidden_SD.device, dtype, shared=pack.shared_prefix),
         cos_1SE.squeeze(0).unsqueeze(1).to(dtype),
         sin_1SE.squeeze(0).unsqueeze(1).to(dtype),
     )
-    for layer in inner.layers:
+    *layers, last_layer = inner.layers
+    for layer in layers:
         hidden_SD = layer(hidden_SD, pack=rows)
-    hidden_TD = inner.norm(hidden_SD.index_select(0, pack.logit_positions)).to(dtype)
+    # The rest of the last layer is for nobody.
+    hidden_TD = last_layer(hidden_SD, pack=replace(rows, outputs_T=pack.logit_positions))
+    hidden_TD = inner.norm(hidden_TD).to(dtype)
     loss = causal_lm.lm_head(hidden_TD, pack=pack.labels)
     assert isinstance(loss, Tensor)
     return loss

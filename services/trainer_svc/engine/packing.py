@@ -4,7 +4,7 @@ Rows are laid end to end in one sequence; positions start again at each row, and
 by row. So every row gets what it would get alone, while the matrix products, most of the work, are as large
 as the whole pack.
 
-Shapes: S tokens of a pack, T target tokens of a pack, H heads, D a head's width.
+Shapes: S tokens of a pack, T target tokens of a pack, L tokens of a row, H heads, D a head's width.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from trainer_svc.engine.segment_attention import SegmentAttention, Segments
 
 PACKED_ATTENTION = "tunery_packed"
 
+# A shorter prefix saves less than attending to it apart costs.
+_SHARED_FROM = 8
+
 # Families whose attention is plain causal attention with nothing added (no sliding window, no soft cap,
 # no sinks), each held against transformers' own attention in tests/unit/engine/test_packing.py.
 PACKABLE_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3"})
@@ -35,6 +38,8 @@ class Pack:
         input_ids: int64 [1, S].
         position_ids: int64 [1, S]; each row's start at 0.
         segment_lengths: the rows' lengths in tokens; they sum to S.
+        shared_prefix: if not 0, all rows begin with so many tokens that are in the pack once, as its first
+            segment; the other segments are what each row has beyond them. Such a pack has at least two rows.
         logit_positions: int64 [T]; where a target is predicted, that is, the position before it.
         labels: int64 [T]; the target tokens.
         counts: False for a pass that only keeps other processes company: its loss counts as zero.
@@ -45,6 +50,7 @@ class Pack:
     segment_lengths: tuple[int, ...]
     logit_positions: Tensor
     labels: Tensor
+    shared_prefix: int = 0
     counts: bool = True
 
     @property
@@ -52,25 +58,53 @@ class Pack:
         return self.input_ids.shape[1]
 
 
-def make_pack(examples: Sequence[Example], device: torch.device) -> Pack:
+def make_pack(examples: Sequence[Example], device: torch.device, *, share_prefix: bool = False) -> Pack:
     """Lays examples end to end.
 
     Args:
         examples: at least one.
         device: where the tensors go.
+        share_prefix: lay what all examples begin with only once, if it's worth it: a chat template's or the
+            rows' own system message. A causal model computes the same for it in every row. Only for
+            `fast_path`.
     """
-    input_ids_S = torch.cat([example.input_ids for example in examples])
-    is_target_S = torch.cat([example.is_target for example in examples])
-    position_ids_S = torch.cat([torch.arange(example.num_tokens) for example in examples])
-    # Position 0 of a row is never a target, so the position before a target is in the same row.
-    target_positions_T = is_target_S.nonzero().squeeze(1)
+    shared = _shared_prefix(examples) if share_prefix else 0
+    parts_L = [example.input_ids[shared:] for example in examples]
+    positions_L = [torch.arange(shared, example.num_tokens) for example in examples]
+    if shared:
+        parts_L.insert(0, examples[0].input_ids[:shared])
+        positions_L.insert(0, torch.arange(shared))
+    logit_positions_T = []
+    start = shared
+    for example in examples:
+        # Position 0 of a row is never a target, so the position before a target is in the same row.
+        before_T = example.is_target.nonzero().squeeze(1) - 1
+        logit_positions_T.append(torch.where(before_T < shared, before_T, before_T - shared + start))
+        start += example.num_tokens - shared
+    labels_T = [example.input_ids[example.is_target] for example in examples]
     return Pack(
-        input_ids=input_ids_S.unsqueeze(0).to(device),
-        position_ids=position_ids_S.unsqueeze(0).to(device),
-        segment_lengths=tuple(example.num_tokens for example in examples),
-        logit_positions=(target_positions_T - 1).to(device),
-        labels=input_ids_S[target_positions_T].to(device),
+        input_ids=torch.cat(parts_L).unsqueeze(0).to(device),
+        position_ids=torch.cat(positions_L).unsqueeze(0).to(device),
+        segment_lengths=tuple(map(len, parts_L)),
+        logit_positions=torch.cat(logit_positions_T).to(device),
+        labels=torch.cat(labels_T).to(device),
+        shared_prefix=shared,
     )
+
+
+def _shared_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens to share: none of them a target, and each row has more."""
+    if len(examples) == 1:
+        return 0
+    shortest = min(example.num_tokens for example in examples) - 1
+    ends = torch.stack(
+        [
+            (example.input_ids[:shortest] != examples[0].input_ids[:shortest]) | example.is_target[:shortest]
+            for example in examples
+        ]
+    ).any(0)
+    length = int(ends.nonzero()[0]) if ends.any() else shortest
+    return length if length >= _SHARED_FROM else 0
 
 
 def group_rows(examples: Sequence[Example], max_tokens: int, multiple_of: int = 1) -> list[list[Example]]:
@@ -133,9 +167,9 @@ def packed_attention(
     """
     assert attention_mask is None
     if dropout == 0.0:
-        heads = [heads_1HSD.squeeze(0).transpose(0, 1) for heads_1HSD in (query * scaling, key, value)]
+        heads_1NSD = torch.cat((query * scaling, key, value), dim=1)
         segments = Segments.of(segment_lengths, query.device, query.dtype)
-        out_SHD = SegmentAttention.apply(*heads, segments)
+        out_SHD = SegmentAttention.apply(heads_1NSD.squeeze(0).transpose(0, 1), key.shape[1], segments)
         assert isinstance(out_SHD, Tensor)
         return out_SHD.unsqueeze(0), None
     outputs = [

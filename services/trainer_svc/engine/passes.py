@@ -22,6 +22,7 @@ from trainer_svc.engine.fast_path import is_fast
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import Pack, group_rows, make_pack
 from trainer_svc.engine.run_spec import TOKENS_PER_PASS
+from trainer_svc.engine.segment_attention import uses_flash
 
 # Below this a pass takes as long as reading the weights, which all cores do better together.
 _MIN_TOKENS_AT_ONCE = 128
@@ -52,6 +53,7 @@ class Passes:
         # The usual layers draw random numbers for dropout from one generator, in whatever order threads come;
         # and processes that share weights must all make their passes in one order.
         shares_weights = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        self._shares_prefix = is_fast(model) and not uses_flash(self._device, dtype)
         several = self._device.type == "cpu" and is_fast(model) and not shares_weights
         self._max_at_once = self._num_threads if several else 1
         if self._device.type == "cpu":
@@ -68,7 +70,10 @@ class Passes:
         max_tokens = (tokens_per_pass or TOKENS_PER_PASS[self._device.type]) if self._packs_rows else 0
         num_tokens = sum(row.num_tokens for row in rows)
         at_once = max(1, min(self._max_at_once, num_tokens // _MIN_TOKENS_AT_ONCE, len(rows)))
-        return [make_pack(group, self._device) for group in group_rows(rows, max_tokens, at_once)]
+        return [
+            make_pack(group, self._device, share_prefix=self._shares_prefix)
+            for group in group_rows(rows, max_tokens, at_once)
+        ]
 
     def add_gradients(self, packs: Sequence[Pack], num_targets: int) -> float:
         """Adds to the parameters' gradients those of the packs' summed loss over `num_targets`.

@@ -4,8 +4,11 @@ On a CPU by plain matrix products in the activations' format: torch's flash atte
 times as long for rows of some hundred tokens. Queries are taken in blocks, and keys after a block's last
 query are left out. On a GPU by flash attention over all rows at once.
 
-Shapes: S tokens of a pack, L tokens of a row, M of them when filled up, Q queries of a block, P keys up to a
-block's end, H query heads, K key and value heads, N = H + 2K, E width of a head.
+Rows may share a prefix that is in the pack once, before them: each row sees it, and it sees no row.
+
+Shapes: S tokens of a pack, L tokens of a row without the shared prefix, M keys of a row, with the shared
+prefix and some filling, Q queries of a block, P keys up to a block's end, H query heads, K key and value
+heads, N = H + 2K, E width of a head.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,106 +39,125 @@ class Segments:
     """Where the rows of a pack lie.
 
     Attributes:
-        lengths: of the rows in tokens; they sum to S.
-        cumulative: int32 [rows + 1] on the GPU, which flash attention reads; None on the CPU.
+        lengths: of the parts of the pack in tokens; they sum to S.
+        shared: tokens of the first part if all others continue it; 0 if each part is a row of its own.
+        cumulative: int32 [parts + 1] on the GPU, which flash attention reads; None on the CPU.
     """
 
     lengths: tuple[int, ...]
+    shared: int
     cumulative: Tensor | None
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Segments:
-        """Rows of these lengths, end to end. Flash attention takes no float32."""
-        if device.type != "cuda" or dtype == torch.float32:
-            return cls(lengths, None)
+    def of(
+        cls, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, shared: int = 0
+    ) -> Segments:
+        """Rows of these lengths, end to end. Flash attention takes no float32, and shares nothing."""
+        if not uses_flash(device, dtype):
+            return cls(lengths, shared, None)
+        assert shared == 0
         cumulative = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, cumulative.to(device, non_blocking=True))
+        return cls(lengths, 0, cumulative.to(device, non_blocking=True))
+
+
+def uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention of this kind is flash attention."""
+    return device.type == "cuda" and dtype != torch.float32
 
 
 def attend(
-    query_SHE: Tensor, key_SKE: Tensor, value_SKE: Tensor, segments: Segments, *, keep: bool
+    heads_SNE: Tensor, num_kv_heads: int, segments: Segments, *, keep: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Attention of each token to those of its row up to itself.
 
     Args:
-        query_SHE: already scaled; H is a multiple of K.
-        key_SKE: keys.
-        value_SKE: values.
+        heads_SNE: the queries' heads, already scaled, then the keys' and the values'.
+        num_kv_heads: K; H is a multiple of it.
         segments: the rows.
         keep: whether `attend_backward` will be called.
 
     Returns:
         [S, H, E], contiguous, and what `attend_backward` needs (nothing unless `keep`).
     """
+    num_heads = heads_SNE.shape[1] - 2 * num_kv_heads
     if segments.cumulative is not None:
-        return _flash(query_SHE, key_SKE, value_SKE, segments)
-    out_SHE = query_SHE.new_empty(query_SHE.shape)
+        return _flash(heads_SNE.split((num_heads, num_kv_heads, num_kv_heads), dim=1), segments)
+    out_SHE = heads_SNE.new_empty(len(heads_SNE), num_heads, heads_SNE.shape[2])
+    prefix_LNE = heads_SNE[: segments.shared]
     kept: list[Tensor] = []
-    rows = (part.split(segments.lengths) for part in (query_SHE, key_SKE, value_SKE, out_SHE))
-    for *heads, out_LHE in zip(*rows, strict=True):
-        row_NME = _gather_row(heads)
-        weights = _attend_row(row_NME, out_LHE)
+    for index, (row_LNE, out_LHE) in enumerate(
+        zip(heads_SNE.split(segments.lengths), out_SHE.split(segments.lengths), strict=True)
+    ):
+        before_LNE = prefix_LNE if index > 0 else prefix_LNE[:0]
+        row_NME = _gather(row_LNE, before_LNE)
+        weights = _attend_row(row_NME, len(before_LNE), out_LHE)
         if keep:
             kept += [row_NME, *weights]
     return out_SHE, tuple(kept)
 
 
 def attend_backward(
-    grad_SHE: Tensor,
-    kept: tuple[Tensor, ...],
-    segments: Segments,
-    grad_query_SHE: Tensor,
-    grad_key_SKE: Tensor,
-    grad_value_SKE: Tensor,
-) -> None:
-    """The gradients of `attend`, written into the last three arguments.
+    grad_SHE: Tensor, kept: tuple[Tensor, ...], num_kv_heads: int, segments: Segments
+) -> Tensor:
+    """The gradient of `attend` by the heads, [S, N, E].
 
     Args:
         grad_SHE: of the output.
         kept: what `attend` returned.
+        num_kv_heads: K.
         segments: the rows.
-        grad_query_SHE: of the scaled queries.
-        grad_key_SKE: of the keys.
-        grad_value_SKE: of the values.
     """
     if segments.cumulative is not None:
-        gradients = _flash_backward(grad_SHE, kept, segments)
-        for target, gradient in zip((grad_query_SHE, grad_key_SKE, grad_value_SKE), gradients, strict=True):
-            target.copy_(gradient)
-        return
+        return torch.cat(_flash_backward(grad_SHE, kept, segments), dim=1)
+    length, num_heads, width = grad_SHE.shape
+    out_SNE = grad_SHE.new_empty(length, num_heads + 2 * num_kv_heads, width)
+    shared = segments.shared
+    # What all rows together send back to the keys and values that they share.
+    grad_prefix = grad_SHE.new_zeros(2 * num_kv_heads, shared, width, dtype=torch.float32)
     remaining = iter(kept)
-    targets = (grad_SHE, grad_query_SHE, grad_key_SKE, grad_value_SKE)
-    for grad_LHE, *heads in zip(*(part.split(segments.lengths) for part in targets), strict=True):
+    for index, (grad_LHE, out_LNE) in enumerate(
+        zip(grad_SHE.split(segments.lengths), out_SNE.split(segments.lengths), strict=True)
+    ):
+        before = shared if index > 0 else 0
         row_NME = next(remaining)
         weights = None
         if row_NME.shape[1] <= _KEEP_WEIGHTS_UP_TO:
-            weights = [next(remaining) for _ in _blocks(row_NME.shape[1])]
-        grad_row_NME = _attend_row_backward(row_NME, grad_LHE, weights)
-        for target_LHE, gradient in zip(heads, _split_heads(grad_row_NME, grad_LHE.shape[1]), strict=True):
-            target_LHE.copy_(gradient[:, : len(target_LHE)].transpose(0, 1))
+            weights = [next(remaining) for _ in _blocks(before, row_NME.shape[1])]
+        grad_NME = _attend_row_backward(row_NME, before, grad_LHE, weights)
+        out_LNE.copy_(grad_NME[:, before : before + len(out_LNE)].transpose(0, 1))
+        if before:
+            grad_prefix += grad_NME[num_heads:, :before]
+    if shared:
+        out_SNE[:shared, num_heads:] += grad_prefix.transpose(0, 1)
+    return out_SNE
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """First query and end of each block of a row."""
-    if length <= _WHOLE_UP_TO:
-        return [(0, length)]
-    num_blocks = -(-length // _BLOCK)
-    size = _round_up(-(-length // num_blocks))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def _blocks(before: int, length: int) -> list[tuple[int, int]]:
+    """First query and end of each block of a row, counted as keys are: queries begin after what is shared."""
+    if length - before <= _WHOLE_UP_TO:
+        return [(before, length)]
+    num_blocks = -(-(length - before) // _BLOCK)
+    size = _round_up(-(-(length - before) // num_blocks))
+    first_end = before - before % _MULTIPLE + size
+    edges = [before, *range(first_end, length, size), length]
+    return list(pairwise(edges))
 
 
 def _round_up(length: int) -> int:
     return -(-length // _MULTIPLE) * _MULTIPLE
 
 
-def _gather_row(heads_LHE: Sequence[Tensor]) -> Tensor:
-    """A row's heads one after the other, as batched products read them, and filled up: [N, M, E]."""
-    length, _, width = heads_LHE[0].shape
-    num_heads = [part.shape[1] for part in heads_LHE]
-    row_NME = heads_LHE[0].new_empty(sum(num_heads), _round_up(length), width)
-    row_NME[:, length:] = 0
-    for target, source in zip(row_NME.split(num_heads), heads_LHE, strict=True):
-        target[:, :length].copy_(source.transpose(0, 1))
+def _gather(row_LNE: Tensor, before_LNE: Tensor) -> Tensor:
+    """A row's heads one after the other, as batched products read them, and filled up: [N, M, E].
+
+    Queries of what is shared are nobody's here, and left as they are.
+    """
+    start, end = len(before_LNE), len(before_LNE) + len(row_LNE)
+    row_NME = row_LNE.new_empty(row_LNE.shape[1], _round_up(end), row_LNE.shape[2])
+    if start:
+        row_NME[:, :start].copy_(before_LNE.transpose(0, 1))
+    row_NME[:, start:end].copy_(row_LNE.transpose(0, 1))
+    row_NME[:, end:] = 0
     return row_NME
 
 
@@ -144,53 +167,59 @@ def _split_heads(row_NME: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tenso
     return query_HME, key_KME, value_KME
 
 
-def _weights(query_HQE: Tensor, key_KPE: Tensor) -> Tensor:
-    """Softmax of a block's scores, [K, H/K * Q, P]: all queries that share keys in one product."""
-    (num_heads, num_queries, width), (num_kv_heads, num_keys, _) = query_HQE.shape, key_KPE.shape
-    scores = torch.bmm(query_HQE.reshape(num_kv_heads, -1, width), key_KPE.transpose(1, 2))
+def _weights(query_KQE: Tensor, key_KPE: Tensor, num_queries: int) -> Tensor:
+    """Softmax of a block's scores, [K, H/K * Q, P].
+
+    Args:
+        query_KQE: all queries that share keys one after the other, [K, H/K * Q, E].
+        key_KPE: keys up to the block's end.
+        num_queries: Q.
+    """
+    scores = torch.bmm(query_KQE, key_KPE.transpose(1, 2))
     # Only the last keys can be later than a query.
-    scores.view(num_heads, num_queries, num_keys)[..., num_keys - num_queries :] += _mask(
-        num_queries, scores.dtype, scores.device
-    )
+    later = scores.view(-1, num_queries, scores.shape[2])[..., -num_queries:]
+    later += _mask(num_queries, scores.dtype, scores.device)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
-def _attend_row(row_NME: Tensor, out_LHE: Tensor) -> list[Tensor]:
+def _attend_row(row_NME: Tensor, before: int, out_LHE: Tensor) -> list[Tensor]:
     """Writes one row's attention; returns its weights by block, or nothing for a long row."""
     _, num_heads, width = out_LHE.shape
     query_HME, key_KME, value_KME = _split_heads(row_NME, num_heads)
+    num_kv_heads = len(key_KME)
     keep = row_NME.shape[1] <= _KEEP_WEIGHTS_UP_TO
     kept = []
-    for start, end in _blocks(row_NME.shape[1]):
+    for start, end in _blocks(before, row_NME.shape[1]):
+        query = query_HME[:, start:end].reshape(num_kv_heads, -1, width)
         # Slices are laid out anew: strided, the product would do it, and slower.
-        weights = _weights(query_HME[:, start:end], key_KME[:, :end].contiguous())
+        weights = _weights(query, key_KME[:, :end].contiguous(), end - start)
         out_HQE = torch.bmm(weights, value_KME[:, :end].contiguous()).view(num_heads, -1, width)
-        target_QHE = out_LHE[start:end]
+        target_QHE = out_LHE[start - before : end - before]
         target_QHE.copy_(out_HQE[:, : len(target_QHE)].transpose(0, 1))
         if keep:
             kept.append(weights)
     return kept
 
 
-def _attend_row_backward(row_NME: Tensor, grad_LHE: Tensor, kept: list[Tensor] | None) -> Tensor:
-    """The gradients of one row's queries, keys and values: [N, M, E]."""
+def _attend_row_backward(row_NME: Tensor, before: int, grad_LHE: Tensor, kept: list[Tensor] | None) -> Tensor:
+    """The gradients of one row's queries, keys and values, [N, M, E]; of shared queries anything."""
     _, num_heads, width = grad_LHE.shape
     query_HME, key_KME, value_KME = _split_heads(row_NME, num_heads)
     num_kv_heads = key_KME.shape[0]
-    blocks = _blocks(row_NME.shape[1])
+    blocks = _blocks(before, row_NME.shape[1])
     grad_NME = torch.empty_like(row_NME) if len(blocks) == 1 else torch.zeros_like(row_NME)
     grad_query_HME, grad_key_KME, grad_value_KME = _split_heads(grad_NME, num_heads)
-    grad_HME = _gather_row([grad_LHE])
+    grad_HME = _gather(grad_LHE, grad_LHE.new_empty(before, num_heads, width))
     for index, (start, end) in enumerate(blocks):
         query = query_HME[:, start:end].reshape(num_kv_heads, -1, width)
         key, value = key_KME[:, :end].contiguous(), value_KME[:, :end].contiguous()
         grad = grad_HME[:, start:end].reshape(num_kv_heads, -1, width)
-        weights = kept[index] if kept is not None else _weights(query_HME[:, start:end], key)
+        weights = kept[index] if kept is not None else _weights(query, key, end - start)
         grad_scores = torch.bmm(grad, value.transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(
             grad_scores, weights, -1, weights.dtype, grad_input=grad_scores
@@ -206,16 +235,14 @@ def _attend_row_backward(row_NME: Tensor, grad_LHE: Tensor, kept: list[Tensor] |
     return grad_NME
 
 
-def _flash(
-    query_SHE: Tensor, key_SKE: Tensor, value_SKE: Tensor, segments: Segments
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _flash(heads: Sequence[Tensor], segments: Segments) -> tuple[Tensor, tuple[Tensor, ...]]:
     longest = max(segments.lengths)
-    query, key, value = (part.contiguous() for part in (query_SHE, key_SKE, value_SKE))
+    query_SHE, key_SKE, value_SKE = (part.contiguous() for part in heads)
     # The op beneath torch.nn.attention.varlen, which hides what a backward pass outside autograd needs.
     out_SHE, log_sum_exp, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
+        query_SHE,
+        key_SKE,
+        value_SKE,
         segments.cumulative,
         segments.cumulative,
         longest,
@@ -225,19 +252,19 @@ def _flash(
         False,
         scale=1.0,
     )
-    return out_SHE, (query, key, value, out_SHE, log_sum_exp, rng_state)
+    return out_SHE, (query_SHE, key_SKE, value_SKE, out_SHE, log_sum_exp, rng_state)
 
 
 def _flash_backward(
     grad_SHE: Tensor, kept: tuple[Tensor, ...], segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, out_SHE, log_sum_exp, rng_state = kept
+    query_SHE, key_SKE, value_SKE, out_SHE, log_sum_exp, rng_state = kept
     longest = max(segments.lengths)
-    return torch.ops.aten._flash_attention_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         grad_SHE.contiguous(),
-        query,
-        key,
-        value,
+        query_SHE,
+        key_SKE,
+        value_SKE,
         out_SHE,
         log_sum_exp,
         segments.cumulative,
@@ -247,31 +274,25 @@ def _flash_backward(
         0.0,
         True,
         rng_state,
-        torch.empty(0, device=query.device),
+        torch.empty(0, device=grad_SHE.device),
         scale=1.0,
     )
+    return gradients
 
 
 class SegmentAttention(torch.autograd.Function):
-    """`attend` for autograd: `SegmentAttention.apply(query_SHE, key_SKE, value_SKE, segments)`."""
+    """`attend` for autograd: `SegmentAttention.apply(heads_SNE, num_kv_heads, segments)`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query_SHE: Tensor, key_SKE: Tensor, value_SKE: Tensor, segments: Segments
-    ) -> Tensor:
+    def forward(ctx: Any, heads_SNE: Tensor, num_kv_heads: int, segments: Segments) -> Tensor:
         """See `attend`."""
-        needs_gradient = any(ctx.needs_input_grad)
-        out_SHE, kept = attend(query_SHE, key_SKE, value_SKE, segments, keep=needs_gradient)
+        out_SHE, kept = attend(heads_SNE, num_kv_heads, segments, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(*kept)
-        ctx.segments = segments
-        ctx.shapes = (query_SHE.shape, key_SKE.shape)
+        ctx.num_kv_heads, ctx.segments = num_kv_heads, segments
         return out_SHE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SHE: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_SHE: Tensor) -> tuple[Tensor, None, None]:
         """See `attend_backward`."""
-        query_shape, key_shape = ctx.shapes
-        grads = [grad_SHE.new_empty(shape) for shape in (query_shape, key_shape, key_shape)]
-        attend_backward(grad_SHE, ctx.saved_tensors, ctx.segments, *grads)
-        return (*grads, None)
+        return attend_backward(grad_SHE, ctx.saved_tensors, ctx.num_kv_heads, ctx.segments), None, None

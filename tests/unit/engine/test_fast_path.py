@@ -162,12 +162,63 @@ def test_memory_of_long_rows_is_linear() -> None:
     """What attention keeps of a row grows with its length, not with the square."""
 
     def kept_numbers(length: int) -> int:
-        query, key = torch.randn(length, 4, 16), torch.randn(length, 2, 16)
         rows = segment_attention.Segments.of((length,), CPU, torch.float32)
-        _, kept = segment_attention.attend(query, key, key, rows, keep=True)
+        _, kept = segment_attention.attend(torch.randn(length, 8, 16), 2, rows, keep=True)
         return sum(tensor.numel() for tensor in kept)
 
     assert kept_numbers(4096) == 2 * kept_numbers(2048)
+
+
+def with_prefix(examples: list[Example], *lengths: int) -> list[Example]:
+    """Rows that begin alike, for so many tokens, and go on with one of the examples."""
+    prefix = torch.arange(3, 3 + max(lengths))
+    rows = []
+    for example, length in zip(examples, lengths, strict=True):
+        is_target = torch.cat((torch.zeros(length, dtype=torch.bool), example.is_target))
+        rows.append(Example(torch.cat((prefix[:length], example.input_ids)), is_target))
+    return rows
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("prefix", [8, 13, 32, 45])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, prefix: int) -> None:
+    rows = with_prefix(make_examples(5, 31, 2, 70), *[prefix] * 4)
+    # The first token after the prefix is predicted at the prefix's last, for all rows at once.
+    for row in rows:
+        row.is_target[prefix] = True
+    reference = make_model(CONFIGS[family], METHODS["lora on all, rank-stabilised"])
+    expected = padded_reference_loss(reference, rows)
+    expected.backward()
+    model = make_model(CONFIGS[family], METHODS["lora on all, rank-stabilised"])
+    assert speed_up(model, torch.float32)
+    pack = make_pack(rows, CPU, share_prefix=True)
+    assert (pack.shared_prefix, pack.num_tokens) == (prefix, prefix + 108)
+    loss = summed_loss(model, pack, torch.float32, packs_rows=True)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-6)
+    assert_same(gradients(model), gradients(reference))
+
+
+def test_what_is_shared() -> None:
+    """All that every row begins with, up to the first target, and never a whole row."""
+
+    def shared(*rows: Example) -> int:
+        return make_pack(rows, CPU, share_prefix=True).shared_prefix
+
+    rows = with_prefix(make_examples(5, 31, 12), 20, 20, 20)
+    assert shared(*rows) == 20
+    assert shared(rows[0]) == 0
+    assert shared(rows[0], rows[0]) == 20 + int(rows[0].is_target[20:].nonzero()[0])
+    rows[1].input_ids[11] = 100
+    assert shared(*rows) == 11
+    rows[2].is_target[9] = True
+    assert shared(*rows) == 9
+    rows[2].is_target[5] = True
+    assert shared(*rows) == 0  # not worth it
+    [silent] = with_prefix([Example(torch.tensor([9]), torch.tensor([False]))], 12)
+    assert shared(silent, silent) == 12
+    assert make_pack(rows[:1] * 2, CPU).shared_prefix == 0
 
 
 @pytest.mark.parametrize("family", CONFIGS)
