@@ -105,7 +105,8 @@ class GradientComputer:
         packs, num_needed = self._packs(rows)
         loss = self._passes.add_gradients(packs, num_targets)
         num_computed = sum(pack.input_ids.numel() for pack in packs)
-        return loss, 1 - num_needed / num_computed if num_computed else 0.0
+        # Rows that begin alike are computed with less than all their tokens.
+        return loss, max(0.0, 1 - num_needed / num_computed) if num_computed else 0.0
 
     def _packs(self, rows: Sequence[Example]) -> tuple[list[Pack], int]:
         """This process's share of the rows in packs, and how many tokens it has.
