@@ -167,8 +167,8 @@ def main() -> None:
     for name, job in result["jobs"].items():
         estimated, actual = job["estimated_seconds"], job["actual_seconds"]
         print(
-            f"{name:26} first step after {job['first_step_seconds']:4.1f} s · estimated {estimated:5.1f} s of "
-            f"{actual:5.1f} s ({estimated / actual:.0%})"
+            f"{name:26} first step after {job['first_step_seconds']:4.1f} s · "
+            f"estimated {estimated:5.1f} s of {actual:5.1f} s ({estimated / actual:.0%})"
         )
     for name, waits in result["checkpoints"].items():
         share, step = waits["waited_share_of_a_step"], waits["step_seconds"]

@@ -15,12 +15,12 @@ from typing import Any, cast, get_args
 import sqlalchemy as sa
 from minio.error import MinioException
 
-from dataset_svc.child_process import run_module
 from dataset_svc.datasets import Datasets, reports_prefix
 from dataset_svc.row_check import MAX_LISTED, RowCheck, check_rows
 from dataset_svc.task_columns import ColumnPlan, TaskType, plan_any_task, plan_columns
 from dataset_svc.training_rows import iter_csv_examples, iter_dialog_examples
 from svc_kit.catalog import BaseModelEntry, Catalog
+from svc_kit.child_process import run_module
 from svc_kit.errors import InvalidRequest, NotFound, Unavailable
 from svc_kit.object_store import ObjectStore
 from svc_kit.shared_calls import SharedCalls

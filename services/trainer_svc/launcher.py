@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,20 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from svc_kit.child_process import without_settings
 from svc_kit.parent_death import dying_with_this_process
 
 _LOG_TAIL_BYTES = 4096
 _KILL_SECONDS = 5
-
-
-def run_environment() -> dict[str, str]:
-    """The environment of a run: none of the service's settings, and least of all its keys."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    # Waiting threads sleep: spinning, they would take the cores from those that they wait for as soon as
-    # anything else runs on the machine.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return environment
 
 
 class RunProcess:
@@ -58,7 +48,7 @@ class RunProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=run_environment(),
+                env=without_settings(),
                 start_new_session=True,
             )
         return cls(process, log_file)

@@ -6,17 +6,14 @@ import asyncio
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import structlog
 from google.protobuf import json_format
 
 from svc_kit.catalog import BaseModelEntry
-from svc_kit.parent_death import dying_with_this_process
+from svc_kit.child_process import run_module
 from trainer_svc.base_models import base_model_dir
-from trainer_svc.launcher import run_environment
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
 log = structlog.get_logger(__name__)
@@ -65,28 +62,14 @@ class Probes:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(entry, method, dtype)
         partial = path.with_suffix(".partial")
-        command = dying_with_this_process(
-            *(sys.executable, "-P", "-m", "trainer_svc.engine.probe"),
-            *(str(base_model_dir(entry, self._models_dir)), method, dtype, str(partial)),
-        )
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=run_environment(),
-        )
+        arguments = (str(base_model_dir(entry, self._models_dir)), method, dtype, str(partial))
         try:
-            printed, _ = await asyncio.wait_for(process.communicate(), _MEASURE_SECONDS)
+            async with asyncio.timeout(_MEASURE_SECONDS):
+                exit_code, last_words = await run_module("trainer_svc.engine.probe", *arguments)
         except TimeoutError as error:
             raise ProbeFailed(f"no measurement of {entry.id} in {_MEASURE_SECONDS} s") from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            lines = printed.decode(errors="replace").strip().splitlines() or ["it printed nothing"]
-            raise ProbeFailed(f"{entry.id} can't be measured: {lines[-1][:500]}")
+        if exit_code != 0:
+            raise ProbeFailed(f"{entry.id} can't be measured: {last_words or exit_code}")
         measured = json.loads(partial.read_text(encoding="utf-8"))
         names = {"base_model": entry.id, "method": method, "dtype": dtype, "device": self._device}
         partial.write_text(json.dumps(names | measured, indent=2) + "\n", encoding="utf-8")
