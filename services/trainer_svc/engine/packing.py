@@ -9,6 +9,7 @@ Shapes: S tokens of a pack, T target tokens of a pack, L tokens of a row, H head
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Pack:
     Attributes:
         input_ids: int64 [1, S].
         position_ids: int64 [1, S]; each row's start at 0.
-        segment_lengths: the rows' lengths in tokens; they sum to S.
+        segment_lengths: the rows' lengths up to their last target, in tokens; they sum to S.
         shared_prefix: if not 0, all rows begin with so many tokens that are in the pack once, as its first
             segment; the other segments are what each row has beyond them. Such a pack has at least two rows.
         logit_positions: int64 [T]; where a target is predicted, that is, the position before it.
@@ -69,18 +70,20 @@ def make_pack(examples: Sequence[Example], device: torch.device, *, share_prefix
             `fast_path`.
     """
     shared = _shared_prefix(examples) if share_prefix else 0
-    parts_L = [example.input_ids[shared:] for example in examples]
-    positions_L = [torch.arange(shared, example.num_tokens) for example in examples]
+    # A row's last target is predicted from what is before it; what follows is seen by nothing that counts.
+    ends = [_last_target(example) for example in examples]
+    parts_L = [example.input_ids[shared:end] for example, end in zip(examples, ends, strict=True)]
+    positions_L = [torch.arange(shared, end) for end in ends]
     if shared:
         parts_L.insert(0, examples[0].input_ids[:shared])
         positions_L.insert(0, torch.arange(shared))
     logit_positions_T = []
     start = shared
-    for example in examples:
+    for example, end in zip(examples, ends, strict=True):
         # Position 0 of a row is never a target, so the position before a target is in the same row.
         before_T = example.is_target.nonzero().squeeze(1) - 1
         logit_positions_T.append(torch.where(before_T < shared, before_T, before_T - shared + start))
-        start += example.num_tokens - shared
+        start += end - shared
     labels_T = [example.input_ids[example.is_target] for example in examples]
     return Pack(
         input_ids=torch.cat(parts_L).unsqueeze(0).to(device),
@@ -92,11 +95,17 @@ def make_pack(examples: Sequence[Example], device: torch.device, *, share_prefix
     )
 
 
+def _last_target(example: Example) -> int:
+    """The position of the last target; 1 without any, since a pack has something of each row."""
+    targets_T = example.is_target.nonzero().squeeze(1)
+    return int(targets_T[-1]) if len(targets_T) else 1
+
+
 def _shared_prefix(examples: Sequence[Example]) -> int:
-    """How many tokens to share: none of them a target, and each row has more."""
+    """How many tokens to share: none of them a target, and each row has more that counts."""
     if len(examples) == 1:
         return 0
-    shortest = min(example.num_tokens for example in examples) - 1
+    shortest = min(map(_last_target, examples)) - 1
     ends = torch.stack(
         [
             (example.input_ids[:shortest] != examples[0].input_ids[:shortest]) | example.is_target[:shortest]
@@ -111,7 +120,8 @@ def group_rows(examples: Sequence[Example], max_tokens: int, multiple_of: int = 
     """Splits examples into few groups of about the same size; a row longer than `max_tokens` stands alone.
 
     The longest go first, each to where most room is (LPT: Graham 1969, Bounds on Multiprocessing Timing
-    Anomalies). A small last group would cost a pass over all weights for little.
+    Anomalies); then rows change places as long as that makes the largest group smaller. A small last group
+    would cost a pass over all weights for little, and where cores take a group each, the largest counts.
 
     Args:
         examples: of one step.
@@ -131,9 +141,31 @@ def group_rows(examples: Sequence[Example], max_tokens: int, multiple_of: int = 
             emptiest = sizes.index(min(sizes))
             groups[emptiest].append(index)
             sizes[emptiest] += examples[index].num_tokens
+        _even_out(groups, sizes, examples)
         if all(size <= max_tokens or len(group) == 1 for group, size in zip(groups, sizes, strict=True)):
             return [[examples[index] for index in group] for group in sorted(map(sorted, groups))]
     return [[example] for example in examples]
+
+
+def _even_out(groups: list[list[int]], sizes: list[int], examples: Sequence[Example]) -> None:
+    """Swaps rows of the largest group for shorter ones of another, the best swap first, while that helps."""
+    while True:
+        largest = sizes.index(max(sizes))
+        best: tuple[int, int, int, int] | None = None
+        for other in range(len(groups)):
+            for here, there in itertools.product(range(len(groups[largest])), range(len(groups[other]))):
+                moved = examples[groups[largest][here]].num_tokens - examples[groups[other][there]].num_tokens
+                larger = max(sizes[largest] - moved, sizes[other] + moved)
+                if larger < sizes[largest] and (best is None or larger < best[0]):
+                    best = (larger, other, here, there)
+        if best is None:
+            return
+        _, other, here, there = best
+        ours, theirs = groups[largest][here], groups[other][there]
+        groups[largest][here], groups[other][there] = theirs, ours
+        moved = examples[ours].num_tokens - examples[theirs].num_tokens
+        sizes[largest] -= moved
+        sizes[other] += moved
 
 
 def packed_attention(

@@ -193,11 +193,23 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, prefi
     model = make_model(CONFIGS[family], METHODS["lora on all, rank-stabilised"])
     assert speed_up(model, torch.float32)
     pack = make_pack(rows, CPU, share_prefix=True)
-    assert (pack.shared_prefix, pack.num_tokens) == (prefix, prefix + 108)
+    assert (pack.shared_prefix, pack.num_tokens) == (prefix, prefix + 104)
     loss = summed_loss(model, pack, torch.float32, packs_rows=True)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-6)
     assert_same(gradients(model), gradients(reference))
+
+
+def test_rows_end_before_their_last_target() -> None:
+    """It is predicted there; the newline after an answer, say, is for nobody."""
+    row = Example(torch.arange(3, 11), torch.tensor([0, 0, 1, 0, 1, 1, 0, 0], dtype=torch.bool))
+    silent = Example(torch.arange(3, 6), torch.zeros(3, dtype=torch.bool))
+    pack = make_pack([row, silent, row], CPU)
+    assert pack.segment_lengths == (5, 1, 5)
+    assert pack.input_ids.tolist() == [[3, 4, 5, 6, 7, 3, 3, 4, 5, 6, 7]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4]]
+    assert pack.logit_positions.tolist() == [1, 3, 4, 7, 9, 10]
+    assert pack.labels.tolist() == [5, 7, 8] * 2
 
 
 def test_what_is_shared() -> None:
@@ -216,8 +228,6 @@ def test_what_is_shared() -> None:
     assert shared(*rows) == 9
     rows[2].is_target[5] = True
     assert shared(*rows) == 0  # not worth it
-    [silent] = with_prefix([Example(torch.tensor([9]), torch.tensor([False]))], 12)
-    assert shared(silent, silent) == 12
     assert make_pack(rows[:1] * 2, CPU).shared_prefix == 0
 
 
