@@ -27,8 +27,8 @@ def summed_cross_entropy(
     """The sum of the targets' cross entropies, in nats.
 
     Args:
-        hidden_TD: the model's last hidden states, where a target is predicted.
-        labels_T: int64.
+        hidden_TD: the model's last hidden states, where a target is predicted, and filling after them.
+        labels_T: int64; the hidden states beyond them are filling.
         head: the output head.
         parameters: the head's, in its order.
         dtype: of the matrix products and of the logits.
@@ -58,7 +58,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_TD = torch.empty_like(hidden_TD) if makes_gradient else None
         gradients: list[Tensor | None] = [None] * len(needs)
         rows = max(1, _MAX_LOGITS[hidden_TD.device.type] // weights.weight_OI.shape[0])
-        for start in range(0, len(labels_T), rows):
+        for start in range(0, len(hidden_TD), rows):
             hidden_CD = hidden_TD[start : start + rows]
             logits_CV, low_CR = head.apply(hidden_CD, weights)
             part_loss, grad_CV = _loss_and_gradient(logits_CV, labels_T[start : start + rows])
@@ -89,6 +89,7 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Ten
 
     Probabilities come in the logits' format, which may have eight bits. So a likely target's loss and
     gradient are taken from the sum of all others' probabilities: one minus its own would be mere rounding.
+    Logits beyond the labels are filling, whose gradient is zero.
     """
     # In place is right on the CPU only, where a row is read before it's written.
     out = logits_CV if logits_CV.device.type == "cpu" else None
@@ -97,7 +98,9 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Ten
     target_C = gradient_CV[targets].float()
     gradient_CV[targets] = 0
     # Some rows at a time, since the sum makes a float32 copy first.
-    others_C = torch.cat([part.sum(-1, dtype=torch.float32) for part in gradient_CV.split(_ROWS_OF_A_SUM)])
+    parts = gradient_CV[: len(labels_C)].split(_ROWS_OF_A_SUM)
+    others_C = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
     gradient_CV[targets] = -others_C.to(gradient_CV.dtype)
+    gradient_CV[len(labels_C) :] = 0
     loss_C = torch.where(others_C < 0.5, -torch.log1p(-others_C.clamp(max=0.5)), -target_C.log())
     return loss_C.sum(), gradient_CV
