@@ -237,22 +237,19 @@ class Loop:
             "estimated_finish": finish.isoformat(timespec="seconds").replace("+00:00", "Z"),
             "grad_norm": result.grad_norm,
         }
-        extra = ""
         if state.step % self._spec.extras.report_every_steps == 0 or state.step == total_steps:
             flops = self._flops.of_rows(rows) / self._group.world_size
             share = flops / self._progress.last_step_seconds / self._matrix_peak_flops
-            memory = peak_memory_bytes(self._group.device)
             facts |= {
-                "peak_memory_bytes": memory,
+                "peak_memory_bytes": peak_memory_bytes(self._group.device),
                 "padding_share": round(result.padding_share, 4),
                 "matrix_peak_share": round(share, 4),
             }
-            extra = f" · {memory / 2**30:.1f} GiB · {share:.0%} of the matrix peak"
         self._events.write(
             "step",
             f"step {state.step}/{total_steps} · epoch {state.epoch} · loss {result.loss:.4f} · "
             f"lr {learning_rate:.1e} · {tokens_per_second:,.0f} tokens/s · "
-            f"{format_duration(remaining_seconds)} left{extra}",
+            f"{format_duration(remaining_seconds)} left",
             **facts,
         )
 
