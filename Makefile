@@ -45,7 +45,11 @@ protos: $(INSTALLED) ## Make the Python code from protos/ anew.
 	$(BIN)/python hatch_build.py
 
 bench: setup ## Measure, and keep the figures in bench/results/.
+	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python bench/upload_throughput.py
+	$(BIN)/python bench/job_times.py
+	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
+	$(BIN)/python bench/train_throughput.py --peer trl --method full
 
 clean: ## Remove what the other targets made, base models aside.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
