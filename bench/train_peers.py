@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,23 @@ IGNORED = -100
 
 
 class Notes(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """When each step ended, in seconds since the epoch, and its loss."""
+    """When each step ended, in seconds since the epoch, its loss, and its tokens that aren't padding."""
 
     def __init__(self) -> None:
         self.ended_at: list[float] = []
         self.losses: list[float] = []
+        self.num_tokens: list[int] = []
+
+    def count(self, collate: Callable[[Any], dict[str, torch.Tensor]]) -> Callable[[Any], Any]:
+        """The collator, with the tokens of each batch noted; a batch is a step."""
+
+        def collate_and_count(rows: Any) -> dict[str, torch.Tensor]:
+            batch = collate(rows)
+            mask = batch.get("attention_mask")
+            self.num_tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
+            return batch
+
+        return collate_and_count
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if torch.cuda.is_available():
@@ -113,6 +126,7 @@ def run(spec: RunSpec, settings: dict[str, Any]) -> Notes:
             data_collator=lambda rows: padded(rows, pad_id),
             **common,
         )
+    trainer.data_collator = notes.count(trainer.data_collator)
     trainer.train()
     return notes
 
@@ -121,7 +135,12 @@ def main(spec_file: Path, settings_file: Path, result_file: Path) -> None:
     """Runs and writes the result."""
     notes = run(read_run_spec(spec_file), json.loads(settings_file.read_text()))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    result = {"ended_at": notes.ended_at, "losses": notes.losses, "peak_device_bytes": peak}
+    result = {
+        "ended_at": notes.ended_at,
+        "losses": notes.losses,
+        "num_tokens": notes.num_tokens[: len(notes.ended_at)],
+        "peak_device_bytes": peak,
+    }
     result_file.write_text(json.dumps(result))
 
 

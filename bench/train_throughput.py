@@ -62,10 +62,10 @@ PEERS: dict[str, dict[str, Any]] = {
         "weights_dtype": "float32",
         "arguments": {"gradient_checkpointing": False, "packing": True, "per_device_train_batch_size": 2},
     },
-    "trl-bfloat16": {
+    "trl-bfloat16-packed": {
         "peer": "trl",
         "weights_dtype": "bfloat16",
-        "arguments": {"gradient_checkpointing": False, "padding_free": True, "max_length": None},
+        "arguments": {"gradient_checkpointing": False, "packing": True, "per_device_train_batch_size": 2},
     },
     "trl-bfloat16-padded": {
         "peer": "trl",
@@ -187,17 +187,16 @@ def run(name: str, workload: Workload, folder: Path) -> Measured:
     cpu_seconds = (time.time() - started_at) * (os.cpu_count() or 1)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, f"{name} failed:\n{(folder / 'log').read_text()[-3000:]}"
-    ended_at, losses, peak_device_bytes = (
-        _engine_result(output_dir) if name == "engine" else _peer_result(result_file)
-    )
+    is_engine = name == "engine"
+    result = _engine_result(output_dir, workload) if is_engine else json.loads(result_file.read_text())
+    ended_at = result["ended_at"]
     step_seconds = [after - before for before, after in pairwise(ended_at)]
-    tokens = sum(workload.tokens_of_steps()[1:])
     return Measured(
-        tokens_per_second=tokens / (ended_at[-1] - ended_at[0]),
+        tokens_per_second=sum(result["num_tokens"][1:]) / (ended_at[-1] - ended_at[0]),
         step_seconds=statistics.median(step_seconds),
         first_step_seconds=ended_at[0] - started_at,
-        peak_mb=(peak_device_bytes or usage.ru_maxrss * 1024) / 1e6,
-        losses=losses,
+        peak_mb=(result["peak_device_bytes"] or usage.ru_maxrss * 1024) / 1e6,
+        losses=result["losses"],
         busy_elsewhere=round(max(0.0, elsewhere) / cpu_seconds, 3),
     )
 
@@ -232,16 +231,17 @@ def run_undisturbed(name: str, workload: Workload, folder: Path, most_elsewhere:
     return min(tries, key=lambda measured: measured.busy_elsewhere)
 
 
-def _engine_result(output_dir: Path) -> tuple[list[float], list[float], int | None]:
+def _engine_result(output_dir: Path, workload: Workload) -> dict[str, Any]:
+    """What `train_peers.py` writes for a peer, from the engine's events."""
     events = [json.loads(line) for line in (output_dir / "events.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["kind"] == "step"]
-    times = [datetime.fromisoformat(step["time"]).timestamp() for step in steps]
-    return times, [step["loss"] for step in steps], steps[-1].get("peak_memory_bytes")
-
-
-def _peer_result(result_file: Path) -> tuple[list[float], list[float], int | None]:
-    result = json.loads(result_file.read_text())
-    return result["ended_at"], result["losses"], result["peak_device_bytes"]
+    on_gpu = any(event.get("device") == "cuda" for event in events)
+    return {
+        "ended_at": [datetime.fromisoformat(step["time"]).timestamp() for step in steps],
+        "losses": [step["loss"] for step in steps],
+        "num_tokens": workload.tokens_of_steps(),
+        "peak_device_bytes": steps[-1].get("peak_memory_bytes") if on_gpu else None,
+    }
 
 
 def flops_per_token(workload: Workload) -> float:

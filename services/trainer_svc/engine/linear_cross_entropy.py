@@ -18,7 +18,8 @@ from trainer_svc.engine.projection import Projection
 
 # Logits of one part. On the CPU about what its last cache holds; on a GPU enough to fill it.
 _MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-_ROWS_OF_A_SUM = 64
+# On the CPU a sum in another format makes a copy first.
+_ROWS_OF_A_SUM = {"cpu": 64, "cuda": 2**30}
 
 
 def summed_cross_entropy(
@@ -98,7 +99,7 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Ten
     target_C = gradient_CV[targets].float()
     gradient_CV[targets] = 0
     # Some rows at a time, since the sum makes a float32 copy first.
-    parts = gradient_CV[: len(labels_C)].split(_ROWS_OF_A_SUM)
+    parts = gradient_CV[: len(labels_C)].split(_ROWS_OF_A_SUM[logits_CV.device.type])
     others_C = torch.cat([part.sum(-1, dtype=torch.float32) for part in parts])
     gradient_CV[targets] = -others_C.to(gradient_CV.dtype)
     gradient_CV[len(labels_C) :] = 0

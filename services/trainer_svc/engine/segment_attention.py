@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 # Queries of one block. A row a little longer stays in one piece.
 _BLOCK = 128
-_WHOLE_UP_TO = 160
+_WHOLE_UP_TO = 256
 # The softmax takes numbers one by one where they don't fill a vector register, so rows are filled up to this
 # many tokens: after the others, where nothing sees them.
 _MULTIPLE = 32
@@ -175,16 +175,20 @@ def _weights(query_KQE: Tensor, key_KPE: Tensor, num_queries: int) -> Tensor:
         key_KPE: keys up to the block's end.
         num_queries: Q.
     """
-    scores = torch.bmm(query_KQE, key_KPE.transpose(1, 2))
-    # Only the last keys can be later than a query.
-    later = scores.view(-1, num_queries, scores.shape[2])[..., -num_queries:]
-    later += _mask(num_queries, scores.dtype, scores.device)
+    mask = _mask(
+        query_KQE.shape[1] // num_queries, num_queries, key_KPE.shape[1], query_KQE.dtype, query_KQE.device
+    )
+    scores = torch.baddbmm(mask, query_KQE, key_KPE.transpose(1, 2))
     return torch.softmax(scores, dim=-1, out=scores)
 
 
 @lru_cache(maxsize=64)
-def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
+def _mask(
+    num_heads: int, num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What is added to a block's scores, [1, H/K * Q, P]; the last query sees the last key."""
+    mask = torch.full((num_queries, num_keys), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(1 + num_keys - num_queries).repeat(num_heads, 1).unsqueeze(0)
 
 
 def _attend_row(row_NME: Tensor, before: int, out_LHE: Tensor) -> list[Tensor]:
