@@ -73,19 +73,23 @@ def rotate(x_SHE: Tensor, cos_S1E: Tensor, sin_S1E: Tensor, out_SHE: Tensor) -> 
     out_SHE[..., half:].addcmul_(x_SHE[..., :half], sin)
 
 
-def swiglu(gate_up_S2F: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202): [S, F]."""
+def swiglu(gate_up_S2F: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202): [S, F]; and silu(gate), which is slow to make."""
     gate_SF, up_SF = gate_up_S2F.chunk(2, dim=-1)
-    return silu(gate_SF).mul_(up_SF)
+    activated_SF = silu(gate_SF)
+    return activated_SF * up_SF, activated_SF
 
 
-def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor) -> Tensor:
+def swiglu_again(gate_up_S2F: Tensor, activated_SF: Tensor) -> Tensor:
+    """What `swiglu` returned first, from what it returned second."""
+    return activated_SF * gate_up_S2F.chunk(2, dim=-1)[1]
+
+
+def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor, activated_SF: Tensor) -> Tensor:
     """The gradient of `swiglu` by gate and up: [S, 2F]."""
     gate_SF, up_SF = gate_up_S2F.chunk(2, dim=-1)
     out_S2F = torch.empty_like(gate_up_S2F)
     grad_gate_SF, grad_up_SF = out_S2F.chunk(2, dim=-1)
-    activated_SF = silu(gate_SF)
     torch.mul(grad_SF, activated_SF, out=grad_up_SF)
-    grad_activated_SF = torch.mul(grad_SF, up_SF, out=activated_SF)
-    torch.ops.aten.silu_backward.grad_input(grad_activated_SF, gate_SF, grad_input=grad_gate_SF)
+    torch.ops.aten.silu_backward.grad_input(grad_SF * up_SF, gate_SF, grad_input=grad_gate_SF)
     return out_S2F

@@ -28,6 +28,7 @@ from trainer_svc.engine.elementwise import (
     rms_norm_weight_gradient,
     rotate,
     swiglu,
+    swiglu_again,
     swiglu_backward,
 )
 from trainer_svc.engine.projection import Projection
@@ -67,6 +68,7 @@ class _Kept(NamedTuple):
         middle_scale: of the second norm, float32 [S, 1].
         low_gate_up: see `Projection.apply`.
         gate_up: [S, 2F].
+        activated: silu of the first half of it, [S, F].
         low_down: see `Projection.apply`.
     """
 
@@ -82,6 +84,7 @@ class _Kept(NamedTuple):
     middle_scale: Tensor
     low_gate_up: Tensor | None
     gate_up: Tensor
+    activated: Tensor
     low_down: Tensor | None
 
 
@@ -174,8 +177,9 @@ class FastLayer:
         )
         normed_SD, middle_scale_S1 = rms_norm(middle_SD, norms[1], self.epsilon)
         gate_up_S2F, low_gate_up = self.gate_up.apply(normed_SD, self.gate_up.weights(gate_up, self.dtype))
+        hidden_SF, activated_SF = swiglu(gate_up_S2F)
         out_SD, low_down = self.down.apply(
-            swiglu(gate_up_S2F), self.down.weights(down, self.dtype), residual_SO=middle_SD
+            hidden_SF, self.down.weights(down, self.dtype), residual_SO=middle_SD
         )
         return out_SD, _Kept(
             x_SD,
@@ -190,6 +194,7 @@ class FastLayer:
             middle_scale_S1,
             low_gate_up,
             gate_up_S2F,
+            activated_SF,
             low_down,
         )
 
@@ -215,7 +220,9 @@ class FastLayer:
         """
         norms, qkv, attention_out, gate_up, down = self.split(parameters)
         needs_norms, needs_qkv, needs_out, needs_gate_up, needs_down = self.split(needs)
-        hidden_SF = swiglu(kept.gate_up) if self.down.uses_input(needs_down) else None
+        hidden_SF = None
+        if self.down.uses_input(needs_down):
+            hidden_SF = swiglu_again(kept.gate_up, kept.activated)
         grad_SF, grads_down = self.down.backward(
             grad_SD,
             hidden_SF,
@@ -226,7 +233,7 @@ class FastLayer:
         )
         del hidden_SF
         assert grad_SF is not None
-        grad_gate_up = swiglu_backward(grad_SF, kept.gate_up)
+        grad_gate_up = swiglu_backward(grad_SF, kept.gate_up, kept.activated)
         del grad_SF
         normed_SD = None
         if self.gate_up.uses_input(needs_gate_up):

@@ -116,7 +116,9 @@ def _shared_prefix(examples: Sequence[Example]) -> int:
     return length if length >= _SHARED_FROM else 0
 
 
-def group_rows(examples: Sequence[Example], max_tokens: int, multiple_of: int = 1) -> list[list[Example]]:
+def group_rows(
+    examples: Sequence[Example], max_tokens: int, multiple_of: int = 1, *, share_prefix: bool = False
+) -> list[list[Example]]:
     """Splits examples into few groups of about the same size; a row longer than `max_tokens` stands alone.
 
     The longest go first, each to where most room is (LPT: Graham 1969, Bounds on Multiprocessing Timing
@@ -125,47 +127,45 @@ def group_rows(examples: Sequence[Example], max_tokens: int, multiple_of: int = 
 
     Args:
         examples: of one step.
-        max_tokens: of a group; 0 makes each row a group of its own.
+        max_tokens: of a group, as `make_pack` lays it out; 0 makes each row a group of its own.
         multiple_of: the number of groups is one of this, if there are as many rows.
+        share_prefix: as for `make_pack`.
 
     Returns:
         Groups in the order of their first examples, each in the order given: a function of the arguments.
     """
-    longest_first = sorted(range(len(examples)), key=lambda index: -examples[index].num_tokens)
-    short = [example.num_tokens for example in examples if example.num_tokens <= max_tokens]
-    fewest = max(1, len(examples) - len(short) + -(-sum(short) // max(max_tokens, 1)))
-    for num_groups in range(-(-fewest // multiple_of) * multiple_of, len(examples) + 1, multiple_of):
+    shared = _shared_prefix(examples) if share_prefix and examples else 0
+    lengths = [_last_target(example) - shared for example in examples]
+    room = max_tokens - shared
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    short = [length for length in lengths if length <= room]
+    fewest = max(1, len(lengths) - len(short) + -(-sum(short) // max(room, 1)))
+    for num_groups in range(-(-fewest // multiple_of) * multiple_of, len(lengths) + 1, multiple_of):
         groups: list[list[int]] = [[] for _ in range(num_groups)]
-        sizes = [0] * num_groups
         for index in longest_first:
-            emptiest = sizes.index(min(sizes))
-            groups[emptiest].append(index)
-            sizes[emptiest] += examples[index].num_tokens
-        _even_out(groups, sizes, examples)
-        if all(size <= max_tokens or len(group) == 1 for group, size in zip(groups, sizes, strict=True)):
+            min(groups, key=lambda group: sum(lengths[i] for i in group)).append(index)
+        _even_out(groups, lengths)
+        if all(len(group) == 1 or sum(lengths[i] for i in group) <= room for group in groups):
             return [[examples[index] for index in group] for group in sorted(map(sorted, groups))]
     return [[example] for example in examples]
 
 
-def _even_out(groups: list[list[int]], sizes: list[int], examples: Sequence[Example]) -> None:
+def _even_out(groups: list[list[int]], lengths: Sequence[int]) -> None:
     """Swaps rows of the largest group for shorter ones of another, the best swap first, while that helps."""
     while True:
+        sizes = [sum(lengths[index] for index in group) for group in groups]
         largest = sizes.index(max(sizes))
         best: tuple[int, int, int, int] | None = None
-        for other in range(len(groups)):
-            for here, there in itertools.product(range(len(groups[largest])), range(len(groups[other]))):
-                moved = examples[groups[largest][here]].num_tokens - examples[groups[other][there]].num_tokens
+        for other, group in enumerate(groups):
+            for here, there in itertools.product(range(len(groups[largest])), range(len(group))):
+                moved = lengths[groups[largest][here]] - lengths[group[there]]
                 larger = max(sizes[largest] - moved, sizes[other] + moved)
                 if larger < sizes[largest] and (best is None or larger < best[0]):
                     best = (larger, other, here, there)
         if best is None:
             return
         _, other, here, there = best
-        ours, theirs = groups[largest][here], groups[other][there]
-        groups[largest][here], groups[other][there] = theirs, ours
-        moved = examples[ours].num_tokens - examples[theirs].num_tokens
-        sizes[largest] -= moved
-        sizes[other] += moved
+        groups[largest][here], groups[other][there] = groups[other][there], groups[largest][here]
 
 
 def packed_attention(

@@ -72,7 +72,7 @@ class Passes:
         at_once = max(1, min(self._max_at_once, num_tokens // _MIN_TOKENS_AT_ONCE, len(rows)))
         return [
             make_pack(group, self._device, share_prefix=self._shares_prefix)
-            for group in group_rows(rows, max_tokens, at_once)
+            for group in group_rows(rows, max_tokens, at_once, share_prefix=self._shares_prefix)
         ]
 
     def add_gradients(self, packs: Sequence[Pack], num_targets: int) -> float:

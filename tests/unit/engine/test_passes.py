@@ -127,7 +127,8 @@ def test_no_packs() -> None:
 def test_groups(
     lengths: tuple[int, ...], max_tokens: int, multiple_of: int, expected: list[list[int]]
 ) -> None:
-    examples = make_examples(*lengths)
+    # The last token is a target, which isn't read.
+    examples = make_examples(*(length + 1 for length in lengths))
     groups = group_rows(examples, max_tokens, multiple_of)
     places = [[next(i for i, e in enumerate(examples) if e is x) for x in group] for group in groups]
     assert sorted(itertools.chain(*places)) == list(range(len(lengths)))
@@ -136,3 +137,16 @@ def test_groups(
         sorted(lengths[i] for i in g) for g in expected
     )
     assert places == sorted(places)
+
+
+def test_groups_count_a_shared_prefix_once() -> None:
+    prefix = Example(torch.arange(3, 23), torch.zeros(20, dtype=torch.bool))
+    rows = [
+        Example(torch.cat((prefix.input_ids, row.input_ids)), torch.cat((prefix.is_target, row.is_target)))
+        for row in make_examples(6, 11)
+    ]
+    assert len(group_rows(rows, 55, share_prefix=False)) == 1
+    assert len(group_rows(rows, 54, share_prefix=False)) == 2
+    assert len(group_rows(rows, 35, share_prefix=True)) == 1
+    assert len(group_rows(rows, 34, share_prefix=True)) == 2
+    assert group_rows([], 10, share_prefix=True) == []
