@@ -29,6 +29,8 @@ SERVICES = {
 # Whoever calls others is stopped before them: the gateway and the workers, the services, the store.
 _STOP_STAGE = {"gateway": 0, "trainer_svc": 0, "inference_svc": 0, "s3": 2}
 _SERVICES_STOP_STAGE = 1
+# Under the time that `up.py` gives the first stage.
+_DRAIN_SECONDS = 4.0
 _CLIENT_VARIABLES = ("TUNERY_URL", "TUNERY_API_KEY")
 
 
@@ -121,6 +123,7 @@ def _shared_environment(
     place = hashlib.sha256(str(data_dir).encode()).hexdigest()[:8]
     shared.setdefault("TUNERY_TRAINER_ID", f"{socket.gethostname()}-{place}")
     shared.setdefault("TUNERY_PUBLIC_URL", credentials.url)
+    shared.setdefault("TUNERY_DRAIN_SECONDS", str(_DRAIN_SECONDS))
     return shared | {
         "TUNERY_IDENTITY_DIR": str(data_dir / "identity"),
         "TUNERY_DATASET_SVC_ADDRESS": addresses["dataset_svc"],

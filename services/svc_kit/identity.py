@@ -100,11 +100,11 @@ class Issuer:
         return jwt.encode(claims, self._private_key, algorithm="EdDSA", headers={"kid": self._kind})
 
     def own_token(self) -> str:
-        """Returns a token that names this process itself, made anew at half its life."""
+        """Returns a token that names this process itself, renewed at half its life or if clocks jump."""
         token, made = self._own
-        if time.monotonic() - made > TOKEN_SECONDS / 2 or not token:
+        if not 0 <= time.time() - made < TOKEN_SECONDS / 2:
             token = self.issue(self._kind)
-            self._own = (token, time.monotonic())
+            self._own = (token, time.time())
         return token
 
     def own_metadata(self) -> tuple[tuple[str, str], ...]:
