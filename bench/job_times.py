@@ -81,7 +81,7 @@ def checkpoint_waits(method: dict[str, Any]) -> dict[str, float]:
                 "training_file": ROWS.with_suffix(".jsonl"),
                 "output_dir": Path(folder) / "run",
                 "method": method,
-                "epochs": 3,
+                "epochs": 5,
                 "extras": {"checkpoint_every_steps": 4, "keep_checkpoints": 1},
             }
         )
