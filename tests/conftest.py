@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from svc_kit.settings import ObjectStoreSettings
@@ -37,6 +39,15 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 def models_dir() -> Path:
     """The folder of base models that `make setup` fills."""
     return configured_models_dir(os.environ)
+
+
+def new_postgres_database(url: str) -> str:
+    """Makes a database of its own and returns its URL."""
+    name = f"test_{secrets.token_hex(4)}"
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    base, _, query = url.partition("?")
+    return f"{base.rsplit('/', 1)[0]}/{name}" + (f"?{query}" if query else "")
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,19 @@ def up(
     port: Annotated[
         int, typer.Option(metavar="PORT", help="Where the service listens, on 127.0.0.1.")
     ] = 8080,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="SERVICE=N,...",
+            help="Several processes of dataset, job, trainer or inference, as in dataset=2,job=3,trainer=2. "
+            "All but trainer need PostgreSQL.",
+        ),
+    ] = "",
 ) -> None:
     """Run the whole service in the foreground, until Ctrl-C."""
     from tunery.up import run_up
 
-    raise typer.Exit(run_up(data_dir, port, os.environ))
+    raise typer.Exit(run_up(data_dir, port, os.environ, replicas))
 
 
 @app.command()

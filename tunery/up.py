@@ -15,6 +15,7 @@ from tunery import embedded_s3
 from tunery.errors import SetUpError
 from tunery.ports import can_bind
 from tunery.probes import POLL_SECONDS, Probe, Probes, wait_until_well
+from tunery.replicas import parse_replicas
 from tunery.stack import Stack, plan_stack
 from tunery.supervisor import Child, Supervisor
 
@@ -26,22 +27,24 @@ _STILL_WAITING_SECONDS = 15.0
 _PORTS = range(1, 65536)
 
 
-def run_up(data_dir: Path, port: int, environment: Mapping[str, str]) -> int:
+def run_up(data_dir: Path, port: int, environment: Mapping[str, str], replicas: str = "") -> int:
     """Runs the stack until SIGINT, SIGTERM or SIGHUP; returns the command's exit code.
 
     Args:
         data_dir: the folder of all state; made where there is none.
         port: where the gateway listens.
         environment: the operator's; `TUNERY_*` in it is handed on to the services.
+        replicas: how many processes services have, as in `dataset=2,job=3`.
 
     Raises:
         SetUpError: it can't be started as asked.
     """
+    numbers = parse_replicas(replicas, environment.get("TUNERY_DATABASE_URL", ""))
     with _own_folder(data_dir) as folder:
         _check_port(port)
         weed = None if environment.get("TUNERY_S3_ENDPOINT") else _find_weed()
         try:
-            stack = plan_stack(folder, port, environment, weed)
+            stack = plan_stack(folder, port, environment, weed, numbers)
         except OSError as error:
             raise SetUpError(f"can't write to {folder}: {_reason(error)}") from error
         except ValueError as error:

@@ -104,6 +104,8 @@ async def run_envoy(
     async def listening() -> str | None:
         assert process.returncode is None, (folder / "envoy.log").read_text()
         try:
+            if (await client.get("/ready")).status_code != httpx.codes.OK:  # asks its upstreams how they are
+                return None
             answer = await client.get("/listeners", params={"format": "json"})
         except httpx.TransportError:
             return None
