@@ -237,6 +237,7 @@ def _gateway_process(
         inference_svc_address=found_at["inference_svc"],
         authz_address=found_at["authz"],
         descriptors=Path(__file__).with_name("descriptors.pb"),
+        access_log=Path("/dev/stdout"),  # which is its log file
         **({"max_upload_bytes": int(upload_limit)} if upload_limit else {}),
     )
     config = data_dir / "run" / "envoy.yaml"

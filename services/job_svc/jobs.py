@@ -19,6 +19,7 @@ from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.database import Database, utc_now
 from svc_kit.errors import InvalidRequest, JobEnded, NotFound, TuneryError
 from svc_kit.ids import new_id
+from svc_kit.log import current_request_id
 from svc_kit.strict_json import nearest
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
@@ -101,6 +102,7 @@ class Jobs:
             "validation_uri": plan.validation_uri,
             "num_validation_rows": num_validation_rows,
             "created_at": utc_now(),
+            "request_id": current_request_id(),
             "next_seq": 2,
         }
         async with self._database.write() as connection:

@@ -26,6 +26,7 @@ jobs = sa.Table(
     sa.Column("validation_uri", sa.Text),
     sa.Column("num_validation_rows", sa.Integer, nullable=False, server_default="0"),
     sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("request_id", sa.String(128)),  # of the request that made it
     sa.Column("ended_at", UtcTime),
     # The validation worker's claim, and a trainer's lease.
     sa.Column("claimed_until", UtcTime),

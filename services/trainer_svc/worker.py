@@ -10,6 +10,7 @@ import structlog
 
 from svc_kit.catalog import Catalog
 from svc_kit.errors import TuneryError
+from svc_kit.log import working_for
 from svc_kit.object_store import ObjectStore
 from trainer_svc.attempt import Attempt
 from trainer_svc.event_reporter import JobServiceClient
@@ -53,15 +54,20 @@ class Worker:
             lease = await self._lease()
             if lease is None:
                 continue
-            log.info("job leased", job_id=lease.job_id, attempt=lease.attempt)
-            folder = self._work_dir / lease.job_id
-            attempt = Attempt(
-                *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder)
-            )
-            try:
-                await attempt.run()
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            with working_for(lease.request_id or None, lease.job_id):
+                await self._attempt(lease)
+
+    async def _attempt(self, lease: worker_pb2.Lease) -> None:
+        log.info("job leased", attempt=lease.attempt)
+        folder = self._work_dir / lease.job_id
+        attempt = Attempt(
+            *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder)
+        )
+        try:
+            await attempt.run()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        log.info("attempt ended", attempt=lease.attempt)
 
     async def _lease(self) -> worker_pb2.Lease | None:
         request = worker_pb2.LeaseJobRequest(trainer_id=self._trainer_id, wait_seconds=_WAIT_SECONDS)

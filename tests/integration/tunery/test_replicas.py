@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from svc_kit.tls import Tls
 from tests.certificates import Authority, variables
 from tests.conftest import new_postgres_database
-from tests.integration.tunery.running import Result, Up, Ups, wait_for
+from tests.integration.tunery.running import ROWS, Result, Up, Ups, wait_for
 
 REPLICAS = "dataset=2,job=2,trainer=2"
 PROCESSES = {
@@ -131,12 +132,23 @@ def reader(cluster: Up) -> Iterator[Callable[[], list[str]]]:
             reader.stop()
 
 
+@pytest.fixture(scope="module")
+def job(cluster: Up) -> dict[str, str]:
+    """A job's id, and that of the request that made it."""
+    headers = {"authorization": f"Bearer {cluster.credentials['api_key']}"}
+    with httpx.Client(base_url=cluster.url, headers=headers, timeout=60, trust_env=False) as client:
+        dataset = client.post(DATASETS, files={"file": ("rows.csv", ROWS)}).json()["id"]
+        settings = {"base_model": "tunery-tiny", "dataset_id": dataset, "task_type": "qa"}
+        made = client.post(JOBS, json={**settings, "hyperparameters": {"epochs": 80}})
+    assert made.status_code == 201, made.text
+    return {"id": made.json()["id"], "request_id": made.headers["x-request-id"]}
+
+
 def test_a_replica_that_is_killed_is_not_missed(
-    cluster: Up, rows_csv: Path, reader: Callable[[], list[str]]
+    cluster: Up, job: dict[str, str], rows_csv: Path, reader: Callable[[], list[str]]
 ) -> None:
-    create = ("jobs", "create", str(rows_csv), "--model", "tunery-tiny", "--epochs", "80", "--json")
-    job = cluster.tunery(*create).json["id"]
-    wait_for(lambda: cluster.get(f"{JOBS}/{job}").json().get("training_metrics"), "the first steps")
+    path = f"{JOBS}/{job['id']}"
+    wait_for(lambda: cluster.get(path).json().get("training_metrics"), "the first steps")
     said = len(cluster.output)
     killed = ("job_svc-2", "dataset_svc")
     for name in killed:
@@ -146,16 +158,50 @@ def test_a_replica_that_is_killed_is_not_missed(
     for name in killed:
         wait_for(lambda name=name: f"{name} is well again" in cluster.output[said:], f"{name}'s return")
     assert reader() == []
-    followed = cluster.tunery("jobs", "logs", "-f", job, "--json")
+    followed = cluster.tunery("jobs", "logs", "-f", job["id"], "--json")
     assert followed.code == 0, followed
     records = followed.json["data"]
     assert [record["seq"] for record in records] == list(range(1, len(records) + 1))
-    details = cluster.tunery("jobs", "show", job, "--json").json
+    details = cluster.tunery("jobs", "show", job["id"], "--json").json
     assert (details["job"]["status"], details["attempts"]) == ("completed", 1)
     assert details["job"]["training_metrics"]["steps_completed"] == 160
     model = details["job"]["fine_tuned_model"]
     asked = cluster.tunery("models", "ask", model, "What is 3 plus one?", "--json")
     assert asked.code == 0, asked
+
+
+def test_a_request_is_followed_through_every_log(cluster: Up, job: dict[str, str]) -> None:
+    def lines() -> dict[str, list[dict[str, str]]]:
+        """What each service says of the request, and of what came of it."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for path in sorted((cluster.data_dir / "logs").glob("*.log")):
+            service = path.stem.partition("-")[0]
+            for line in path.read_text().splitlines():
+                if (
+                    line.startswith("{")
+                    and (record := json.loads(line)).get("request_id") == job["request_id"]
+                ):
+                    found.setdefault(service, []).append(record)
+        return found
+
+    assert job["request_id"]
+    wait_for(lambda: "gateway" in lines(), "the gateway's log, which is written every second")
+    found = lines()
+    assert [(line["method"], line["path"], line["status"]) for line in found["gateway"]] == [
+        ("POST", JOBS, 201)
+    ]
+    assert {line["rpc"].rpartition("/")[2] for line in found["job_svc"] if "rpc" in line} == {
+        "CreateJobFromJson"
+    }
+    assert {line["rpc"].rpartition("/")[2] for line in found["dataset_svc"]} >= {
+        "HoldJobData",
+        "PrepareJobData",
+    }
+    assert [line["event"] for line in found["trainer_svc"]] == ["job leased", "attempt ended"]
+    assert {line["job_id"] for line in found["trainer_svc"]} == {job["id"]}
+    assert all(
+        line["service"] == service for service in found if service != "gateway" for line in found[service]
+    )
 
 
 @pytest.mark.parametrize(
