@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.conftest import own_database
 from tunery.supervisor import MARK_VARIABLE
 
 COMMAND = (sys.executable, "-P", "-m", "tunery.cli")
@@ -188,7 +189,7 @@ class Ups:
         with output_path.open("wb") as output:
             process = subprocess.Popen(
                 [*COMMAND, "up", "--data-dir", str(data_dir), "--port", str(port), *options],
-                env=clean_environment(**variables),
+                env=clean_environment(**{**own_database(data_dir), **variables}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
