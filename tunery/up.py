@@ -40,9 +40,9 @@ def run_up(data_dir: Path, port: int, environment: Mapping[str, str], replicas: 
         SetUpError: it can't be started as asked.
     """
     numbers = parse_replicas(replicas, environment.get("TUNERY_DATABASE_URL", ""))
-    with _own_folder(data_dir) as folder:
+    with own_folder(data_dir) as folder:
         _check_port(port)
-        weed = None if environment.get("TUNERY_S3_ENDPOINT") else _find_weed()
+        weed = None if environment.get("TUNERY_S3_ENDPOINT") else find_weed()
         try:
             stack = plan_stack(folder, port, environment, weed, numbers)
         except OSError as error:
@@ -152,8 +152,18 @@ def print_line(line: str) -> None:
         print(line, flush=True)
 
 
+class FolderInUse(SetUpError):
+    """A stack runs on the folder."""
+
+
 @contextlib.contextmanager
-def _own_folder(data_dir: Path) -> Iterator[Path]:
+def own_folder(data_dir: Path) -> Iterator[Path]:
+    """Gives the folder, made where there is none, to this process alone for the block's time.
+
+    Raises:
+        FolderInUse: another process has it.
+        SetUpError: it can't be written.
+    """
     folder = Path(os.path.abspath(data_dir.expanduser()))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -168,7 +178,7 @@ def _own_folder(data_dir: Path) -> Iterator[Path]:
                 raise SetUpError(f"can't lock {lock.name}: {_reason(error)}") from error
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            raise SetUpError(
+            raise FolderInUse(
                 f"{folder} is in use by another `tunery up` (process {holder}); stop it or take another one"
             ) from error
         lock.truncate(0)
@@ -186,7 +196,12 @@ def _check_port(port: int) -> None:
         raise SetUpError(f"can't listen on port {port}: {_reason(error)}")
 
 
-def _find_weed() -> Path:
+def find_weed() -> Path:
+    """Returns the program of the embedded S3 server.
+
+    Raises:
+        SetUpError: it isn't installed.
+    """
     if weed := embedded_s3.find_binary():
         return weed
     raise SetUpError(
