@@ -24,6 +24,11 @@ demo: setup ## Fine-tune a small model on a sample, and show what it has learnt.
 test: setup check ## Run every check and every test.
 	$(BIN)/python -m pytest
 
+# Everything once more, on PostgreSQL, with ten times the made-up cases; then process after process is killed.
+nightly: setup ## The tests on PostgreSQL with far more cases, and chaos. An hour or more.
+	TUNERY_TEST_DATABASE=postgresql TUNERY_TEST_CASES=20000 $(BIN)/python -m pytest --timeout 7200
+	$(MAKE) --no-print-directory chaos
+
 check: $(INSTALLED) ## Lint, types, and the protos' rules.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check --quiet
@@ -68,4 +73,4 @@ $(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTO
 	$(PIP) --no-build-isolation --editable '.[dev,wandb]'
 	@touch $@
 
-.PHONY: help setup demo test check breaking protos bench clean
+.PHONY: help setup demo test nightly check breaking protos bench clean

@@ -31,7 +31,7 @@ async def main(settings: DatasetSettings) -> None:
     database = Database(url)
     store = ObjectStore(settings)
     await store.wait_and_create_bucket()
-    job_channel = connect(settings.job_svc_address)
+    job_channel = connect(settings.job_svc_address, settings.tls)
 
     datasets = Datasets(
         database,
@@ -60,7 +60,7 @@ async def main(settings: DatasetSettings) -> None:
         ),
     ]
     server, health = make_server(services, Verifier(settings.identity_dir))
-    await serve(server, health, settings.listen, [datasets.sweep()])
+    await serve(server, health, settings.listen, [datasets.sweep()], tls=settings.tls)
     await reports.close()
     await job_channel.close()
     await database.close()

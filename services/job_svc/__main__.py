@@ -63,7 +63,7 @@ async def main(settings: JobSettings) -> None:
     catalog = load_catalog(settings.catalog_file)
     price = Price(settings.credits_per_million_tokens)
     feed = ChangeFeed(database)
-    dataset_channel = connect(settings.dataset_svc_address)
+    dataset_channel = connect(settings.dataset_svc_address, settings.tls)
     job_data = JobDataClient(dataset_channel, Issuer.load("job_svc", settings.identity_dir))
 
     jobs = Jobs(database, feed, job_data, catalog, price, settings.max_live_jobs)
@@ -130,7 +130,7 @@ async def main(settings: JobSettings) -> None:
     ]
     server, health = make_server(services, Verifier(settings.identity_dir), REFLECTED)
     background = [feed.run(), validator.run(), queue.reap(), sweeper.run()]
-    await serve(server, health, settings.listen, background)
+    await serve(server, health, settings.listen, background, tls=settings.tls)
     await dataset_channel.close()
     await database.close()
 

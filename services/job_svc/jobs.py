@@ -21,6 +21,7 @@ from svc_kit.database import Database, utc_now
 from svc_kit.errors import InvalidRequest, JobEnded, LimitReached, NotFound, TuneryError
 from svc_kit.idempotency import used_otherwise
 from svc_kit.ids import new_id
+from svc_kit.log import current_request_id
 from svc_kit.strict_json import nearest
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
@@ -145,6 +146,7 @@ class Jobs:
             "idempotency_key": idempotency_key,
             "request_digest": plan.digest() if idempotency_key is not None else None,
             "created_at": utc_now(),
+            "request_id": current_request_id(),
             "next_seq": 2,
         }
         async with self._database.write() as connection:

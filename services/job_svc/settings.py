@@ -6,13 +6,16 @@ from pathlib import Path
 
 from pydantic import Field
 
+from svc_kit.addresses import Addresses
 from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, ServerSettings
 
 
 class JobSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
     """What job_svc reads from the environment (`TUNERY_*`)."""
 
-    dataset_svc_address: str = Field(description="HOST:PORT of dataset_svc.")
+    dataset_svc_address: Addresses = Field(
+        description="HOST:PORT of dataset_svc, or several with commas between."
+    )
     public_url: str = Field(description="The gateway's URL; what a job's file URIs begin with.")
     catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
     credits_per_million_tokens: float = Field(1000.0, ge=0, description="Price of a million tokens.")

@@ -52,6 +52,7 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
             attempt_prefix=attempt_prefix(job),
             resume_prefix=await self._queue.last_checkpoint(job.id),
             needs_probe=job.estimate is None,
+            request_id=job.request_id,
         )
         return worker_pb2.LeaseJobResponse(lease=lease)
 

@@ -29,6 +29,7 @@ jobs = sa.Table(
     sa.Column("idempotency_key", sa.String(255)),
     sa.Column("request_digest", sa.String(64)),  # of what was asked for with the key
     sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("request_id", sa.String(128)),  # of the request that made it
     sa.Column("ended_at", UtcTime),
     # The validation worker's claim, and a trainer's lease.
     sa.Column("claimed_until", UtcTime),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from minio.error import MinioException
 from svc_kit.database import DATABASE_AWAY
 from svc_kit.errors import ERROR_DOMAIN, PermissionDenied, TuneryError, Unauthenticated, Unavailable, table
 from svc_kit.identity import Identity, Kind, set_current_identity
+from svc_kit.log import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +33,9 @@ OPEN_SERVICES = frozenset(
     }
 )
 
+
+# A trainer renews its lease every second; Envoy asks the auth check at every call.
+_FREQUENT_CALLERS: frozenset[Kind] = frozenset({"trainer", "authz"})
 
 # A status travels in HTTP headers, the message twice; what is larger than these may hold is lost whole.
 MAX_MESSAGE_CHARS = 2000
@@ -119,10 +125,11 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
 
         def enter() -> None:
             structlog.contextvars.clear_contextvars()
-            structlog.contextvars.bind_contextvars(
-                rpc=handler_call_details.method, request_id=str(metadata.get("x-request-id", "-"))
-            )
-            set_current_identity(self._admit(service, str(metadata.get("authorization", ""))))
+            request_id = str(metadata.get(REQUEST_ID_HEADER, ""))[:MAX_REQUEST_ID_CHARS] or None
+            structlog.contextvars.bind_contextvars(rpc=handler_call_details.method, request_id=request_id)
+            identity = self._admit(service, str(metadata.get("authorization", "")))
+            structlog.contextvars.bind_contextvars(caller=identity.kind)
+            set_current_identity(identity)
 
         return _guarded(handler, enter)
 
@@ -136,28 +143,42 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
         return identity
 
 
-async def _abort(context: Any, error: Exception) -> None:
+def _log_answered(started: float, **facts: Any) -> None:
+    """Writes a line for a call that got its answer; for those that come several a second, if asked to."""
+    is_frequent = structlog.contextvars.get_contextvars().get("caller") in _FREQUENT_CALLERS
+    level = logging.DEBUG if is_frequent else logging.INFO
+    log.log(level, "rpc answered", seconds=round(time.monotonic() - started, 4), **facts)
+
+
+async def _abort(context: Any, error: Exception, started: float) -> None:
     known = as_tunery_error(error)
     if known is None:
         log.exception("rpc failed in a way that was not foreseen")
         known = TuneryError("The service failed; its log has more under the request id.")
     elif known.http_status >= 500:
         log.warning("rpc failed", code=known.code, cause=repr(error))
+    else:
+        _log_answered(started, code=known.code)
     # The transcoder sends a response's status as soon as initial metadata comes, so none may precede this.
     await context.abort_with_status(to_status(known))
 
 
 def _guarded(handler: grpc.RpcMethodHandler, enter: Callable[[], None]) -> grpc.RpcMethodHandler:
     async def unary(request: Any, context: Any) -> Any:
+        started = time.monotonic()
         try:
             enter()
-            return await behavior(request, context)
+            response = await behavior(request, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, started)
+        else:
+            _log_answered(started)
+            return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        started = time.monotonic()
         try:
             enter()
             async for response in behavior(request, context):
@@ -165,7 +186,9 @@ def _guarded(handler: grpc.RpcMethodHandler, enter: Callable[[], None]) -> grpc.
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, started)
+        else:
+            _log_answered(started)
 
     behavior: Any  # a coroutine function or an async generator, which grpc's types don't tell apart
     if handler.response_streaming:

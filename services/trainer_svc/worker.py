@@ -11,6 +11,7 @@ import structlog
 
 from svc_kit.catalog import Catalog
 from svc_kit.errors import TuneryError
+from svc_kit.log import working_for
 from svc_kit.object_store import ObjectStore
 from trainer_svc.attempt import Attempt
 from trainer_svc.event_reporter import JobServiceClient, send
@@ -57,16 +58,21 @@ class Worker:
             lease = await self._lease()
             if lease is None:
                 continue
-            log.info("job leased", job_id=lease.job_id, attempt=lease.attempt)
-            folder = self._work_dir / lease.job_id
-            attempt = Attempt(
-                *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder),
-                self._drain_seconds,
-            )
-            try:
-                await attempt.run()
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            with working_for(lease.request_id or None, lease.job_id):
+                await self._attempt(lease)
+
+    async def _attempt(self, lease: worker_pb2.Lease) -> None:
+        log.info("job leased", attempt=lease.attempt)
+        folder = self._work_dir / lease.job_id
+        attempt = Attempt(
+            *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder),
+            self._drain_seconds,
+        )
+        try:
+            await attempt.run()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        log.info("attempt ended", attempt=lease.attempt)
 
     async def _clear_work_dir(self) -> None:
         """Sends what a killed trainer had not sent, and removes what it left."""

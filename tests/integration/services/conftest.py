@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-import psycopg
 import pytest
 
 from svc_kit.identity import Issuer, write_identity_keys
 from svc_kit.ids import new_id
 from svc_kit.settings import ObjectStoreSettings
-from tests.conftest import wait_until
+from tests.conftest import new_postgres_database, wait_until
 from tunery.dataset.v1 import dataset_pb2, dataset_service_pb2, dataset_service_pb2_grpc
 from tunery.job.v1 import (
     credit_service_pb2_grpc,
@@ -202,15 +200,6 @@ def own_services(shared: Services, **environment: str) -> Services:
         "TUNERY_S3_BUCKET": new_id("own"),
     }
     return Services(shared.environment | own | environment, dataset_address, job_address, shared.identity_dir)
-
-
-def new_postgres_database(url: str) -> str:
-    """Makes a database of its own and returns its URL."""
-    name = f"test_{secrets.token_hex(4)}"
-    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    base, _, query = url.partition("?")
-    return f"{base.rsplit('/', 1)[0]}/{name}" + (f"?{query}" if query else "")
 
 
 @pytest.fixture

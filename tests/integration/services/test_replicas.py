@@ -19,7 +19,7 @@ from .conftest import Services, running
 from .test_worker_protocol import end, event, lease_of, report
 
 # The log stream looks again every 2 seconds by itself; a notice from the other replica is far faster.
-SEEN_SECONDS = 1.0
+SEEN_SECONDS = 0.5
 
 
 @pytest.fixture

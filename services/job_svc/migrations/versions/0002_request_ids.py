@@ -1,0 +1,11 @@
+"""A job keeps the id of the request that made it."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.add_column("jobs", sa.Column("request_id", sa.String(length=128), nullable=True))
