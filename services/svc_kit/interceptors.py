@@ -1,23 +1,33 @@
-"""The one place where every rpc is let in, and where every exception becomes a status."""
+"""The one place where every rpc is let in and recorded, and where every exception becomes a status."""
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import grpc
 import structlog
 import urllib3.exceptions
-from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from minio.error import MinioException
 
+from svc_kit.audit import AuditRecord
 from svc_kit.database import DATABASE_AWAY
-from svc_kit.errors import ERROR_DOMAIN, PermissionDenied, TuneryError, Unauthenticated, Unavailable, table
-from svc_kit.identity import Identity, Kind, set_current_identity
+from svc_kit.errors import (
+    ERROR_DOMAIN,
+    PermissionDenied,
+    TuneryError,
+    Unauthenticated,
+    Unavailable,
+    table,
+    to_status,
+)
+from svc_kit.identity import Identity, Kind, Scope, set_current_identity
 
 log = structlog.get_logger(__name__)
 
@@ -31,35 +41,8 @@ OPEN_SERVICES = frozenset(
 )
 
 
-# A status travels in HTTP headers, the message twice; what is larger than these may hold is lost whole.
-MAX_MESSAGE_CHARS = 2000
-MAX_DETAIL_CHARS = 300
-
-
 class TokenVerifier(Protocol):
     def verify(self, token: str) -> Identity: ...
-
-
-def to_status(error: TuneryError) -> grpc.Status:
-    """Returns the gRPC status of an error, with `ErrorInfo` as its first detail.
-
-    The gateway reads from it: `reason` is the code, `metadata.type` and `metadata.http_status` the rest.
-    """
-    details = {name: _shortened(value, MAX_DETAIL_CHARS) for name, value in error.details.items()}
-    info = error_details_pb2.ErrorInfo(
-        reason=error.code,
-        domain=ERROR_DOMAIN,
-        metadata={**details, "type": error.type, "http_status": str(error.http_status)},
-    )
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    code = code_pb2.Code.Value(error.grpc_status.name)
-    message = _shortened(error.message, MAX_MESSAGE_CHARS)
-    return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[detail]))
-
-
-def _shortened(text: str, max_chars: int) -> str:
-    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> TuneryError:
@@ -96,7 +79,7 @@ def as_tunery_error(error: Exception) -> TuneryError | None:
 
 
 class ServingInterceptor(grpc.aio.ServerInterceptor):
-    """Verifies the caller, binds the request id to the log, and turns exceptions into statuses.
+    """Verifies the caller and its scope, records what may change something, turns exceptions into statuses.
 
     `allow` names, for each served service, the kinds of callers that are let in. A service that isn't
     named lets no one in.
@@ -112,19 +95,40 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        service = handler_call_details.method.split("/")[1]
-        if handler is None or service in OPEN_SERVICES:
+        rpc = handler_call_details.method
+        if handler is None or rpc.split("/")[1] in OPEN_SERVICES:
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
 
-        def enter() -> None:
+        @asynccontextmanager
+        async def served(request: Any, context: Any) -> AsyncIterator[Callable[[Any], None]]:
+            """Lets a call in or ends it with a status; gives a function that takes note of its response."""
             structlog.contextvars.clear_contextvars()
-            structlog.contextvars.bind_contextvars(
-                rpc=handler_call_details.method, request_id=str(metadata.get("x-request-id", "-"))
-            )
-            set_current_identity(self._admit(service, str(metadata.get("authorization", ""))))
+            structlog.contextvars.bind_contextvars(rpc=rpc, request_id=str(metadata.get("x-request-id", "-")))
+            record = None
+            result = "cancelled"
+            try:
+                identity = self._admit(rpc.split("/")[1], str(metadata.get("authorization", "")))
+                set_current_identity(identity)
+                if identity.kind == "account" and not is_read(rpc):
+                    record = AuditRecord(identity)
+                    record.note(request)
+                _check_scope(identity, rpc)
+                yield record.note if record else lambda _response: None
+                result = "ok"
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                known = _known(error)
+                result = known.code
+                # The transcoder sends a response's status as soon as initial metadata comes, so none may
+                # precede this.
+                await context.abort_with_status(to_status(known))
+            finally:
+                if record:
+                    record.write(result)
 
-        return _guarded(handler, enter)
+        return _guarded(handler, served)
 
     def _admit(self, service: str, authorization: str) -> Identity:
         scheme, _, token = authorization.partition(" ")
@@ -136,36 +140,50 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
         return identity
 
 
-async def _abort(context: Any, error: Exception) -> None:
+@functools.cache
+def is_read(rpc: str) -> bool:
+    """Tells whether an rpc, `/package.Service/Method`, changes nothing; its proto says so.
+
+    Raises:
+        KeyError: there is no such rpc.
+    """
+    method = descriptor_pool.Default().FindMethodByName(rpc[1:].replace("/", "."))
+    level: int = method.GetOptions().idempotency_level
+    return level == descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
+
+
+def _check_scope(identity: Identity, rpc: str) -> None:
+    if identity.kind != "account":
+        return
+    needed: Scope = "read" if is_read(rpc) else "write"
+    if needed not in identity.scopes:
+        raise PermissionDenied(
+            f"The API key has no scope `{needed}`, which this call needs.",
+            scope=needed,
+        )
+
+
+def _known(error: Exception) -> TuneryError:
     known = as_tunery_error(error)
     if known is None:
         log.exception("rpc failed in a way that was not foreseen")
-        known = TuneryError("The service failed; its log has more under the request id.")
-    elif known.http_status >= 500:
+        return TuneryError("The service failed; its log has more under the request id.")
+    if known.http_status >= 500:
         log.warning("rpc failed", code=known.code, cause=repr(error))
-    # The transcoder sends a response's status as soon as initial metadata comes, so none may precede this.
-    await context.abort_with_status(to_status(known))
+    return known
 
 
-def _guarded(handler: grpc.RpcMethodHandler, enter: Callable[[], None]) -> grpc.RpcMethodHandler:
+def _guarded(handler: grpc.RpcMethodHandler, served: Callable[[Any, Any], Any]) -> grpc.RpcMethodHandler:
     async def unary(request: Any, context: Any) -> Any:
-        try:
-            enter()
-            return await behavior(request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error)
+        async with served(request, context) as note:
+            response = await behavior(request, context)
+            note(response)
+            return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            enter()
+        async with served(request, context):
             async for response in behavior(request, context):
                 yield response
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error)
 
     behavior: Any  # a coroutine function or an async generator, which grpc's types don't tell apart
     if handler.response_streaming:
