@@ -100,8 +100,8 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         return views.job_message(await self._jobs.cancel(_account_id(), request.job_id), None)
 
     async def _show(self, job_id: str, view: Callable[[sa.Row[Any], str | None], Any]) -> Any:
-        job = await self._jobs.get(_account_id(), job_id)
-        return view(job, (await self._models.of_jobs([job_id])).get(job_id))
+        job = await self._jobs.get_with_model(_account_id(), job_id)
+        return view(job, job.model_id)
 
     async def TailLogs(
         self, request: job_service_pb2.TailLogsRequest, context: Any
