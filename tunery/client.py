@@ -29,8 +29,10 @@ from grpc_status import rpc_status
 from tunery.account.v1 import account_service_pb2, account_service_pb2_grpc
 from tunery.job.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 from tunery.resources import (
+    ApiKey,
     BaseModel,
     ChatMessage,
+    CreatedApiKey,
     Dataset,
     DatasetReport,
     FineTunedModel,
@@ -38,10 +40,12 @@ from tunery.resources import (
     Job,
     JobDetails,
     JobList,
+    Scope,
     TaskType,
 )
 
 API = "/api/v1/fine-tuning"
+KEYS = "/api/v1/keys"
 ENDED_STATUSES = frozenset({"completed", "failed", "cancelled"})
 RECONNECT_SECONDS = 60.0
 _CONNECT_SECONDS = 5.0
@@ -372,7 +376,7 @@ class TuneryClient:
             credits: the first balance; None: no balance is kept.
 
         Raises:
-            ClientError: this client's key is no admin's (`forbidden`), or an argument is wrong.
+            ClientError: this client's key has no scope `admin` (`forbidden`), or an argument is wrong.
         """
         request = account_service_pb2.CreateAccountRequest(name=name, credits=credits)
         stub = account_service_pb2_grpc.AccountServiceStub(self._open_channel())
@@ -381,6 +385,34 @@ class TuneryClient:
         except grpc.RpcError as error:
             raise self._from_rpc_error(error) from error
         return answer.account_id, answer.api_key
+
+    def create_key(self, name: str, scopes: Sequence[Scope], account_id: str | None = None) -> CreatedApiKey:
+        """Makes an API key, which is never shown again. Not idempotent.
+
+        Args:
+            name: for people, 1 to 100 characters.
+            scopes: what it may do, no more than this client's own key may.
+            account_id: whose key; None: the caller's own account's. Another takes the scope `admin`.
+
+        Raises:
+            ClientError: the scopes are too many (`forbidden`), or an argument is wrong.
+        """
+        request: dict[str, Any] = {"name": name, "scopes": list(scopes)}
+        if account_id is not None:
+            request["account_id"] = account_id
+        return self._json("POST", KEYS, **_json_body(request))
+
+    def list_keys(self, account_id: str | None = None) -> list[ApiKey]:
+        """Returns an account's keys, oldest first."""
+        return self._json("GET", KEYS, params=_account(account_id))["data"]
+
+    def revoke_key(self, key_id: str, account_id: str | None = None) -> None:
+        """Takes a key back, which opens nothing any more within 5 seconds.
+
+        Raises:
+            ClientError: there is none (`not_found`), or it is this client's own (`conflict`).
+        """
+        self._request("DELETE", f"{KEYS}/{_segment(key_id)}", params=_account(account_id))
 
     def _tail(self, job_id: str, after_seq: int) -> Iterator[LogRecord]:
         stub = job_service_pb2_grpc.JobServiceStub(self._open_channel())
@@ -490,6 +522,10 @@ def _may_have_been_done(error: BaseException) -> bool:
     """Whether a call that failed may have been carried out, its answer lost."""
     is_lost = isinstance(error, ClientError) and error.http_status in _OUT_OF_REACH
     return is_lost and not isinstance(error.__cause__, httpx.ConnectError)
+
+
+def _account(account_id: str | None) -> dict[str, str]:
+    return {} if account_id is None else {"account_id": account_id}
 
 
 def _json_body(document: Mapping[str, Any]) -> dict[str, Any]:

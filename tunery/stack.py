@@ -148,7 +148,7 @@ def _keep_credentials(data_dir: Path, url: str, environment: Mapping[str, str]) 
                 f"{data_dir / FILE_NAME} is missing, and of the first account's key only a hash is kept; put "
                 "the file back, or set TUNERY_FIRST_API_KEY to the key"
             )
-        from gateway.authz.accounts import new_api_key  # brings SQLAlchemy, for the first start only
+        from gateway.authz.api_keys import new_api_key  # brings SQLAlchemy, for the first start only
 
         api_key = new_api_key()
     credentials = Credentials(url, api_key)
@@ -242,6 +242,11 @@ def _gateway_process(
         descriptors=Path(__file__).with_name("descriptors.pb"),
         access_log=Path("/dev/stdout"),  # which is its log file
         **({"max_upload_bytes": int(upload_limit)} if upload_limit else {}),
+        **{
+            name: int(shared[variable])
+            for name in ("requests_per_second", "request_burst")
+            if (variable := f"TUNERY_GATEWAY_{name.upper()}") in shared
+        },
     )
     config = data_dir / "run" / "envoy.yaml"
     config.write_text(render(settings, tls), encoding="utf-8")

@@ -67,7 +67,7 @@ async def main(settings: JobSettings) -> None:
     job_data = JobDataClient(dataset_channel, Issuer.load("job_svc", settings.identity_dir))
 
     jobs = Jobs(database, feed, job_data, catalog, price, settings.max_live_jobs)
-    logs = LogStream(database, feed)
+    logs = LogStream(database, feed, settings.max_open_tails)
     sweeper = Sweeper(database, feed, store)
     models = Models(database, sweeper)
     files = JobFiles(jobs, logs, store)

@@ -15,7 +15,7 @@ from job_svc.change_feed import SWEEP, VALIDATION, ChangeFeed, job_topic
 from job_svc.job_data_client import JobDataClient
 from job_svc.job_plan import JobPlan
 from job_svc.job_state import ENDED, LIVE, JobStatus, move
-from job_svc.tables import checkpoints, events, jobs
+from job_svc.tables import checkpoints, events, jobs, models
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.database import Database, utc_now
 from svc_kit.errors import InvalidRequest, JobEnded, LimitReached, NotFound, TuneryError
@@ -178,7 +178,20 @@ class Jobs:
         Raises:
             NotFound: the account has no such job.
         """
-        query = jobs.select().where(jobs.c.id == check_job_id(job_id), jobs.c.account_id == account_id)
+        return await self._one(jobs.select(), account_id, job_id)
+
+    async def get_with_model(self, account_id: str, job_id: str) -> sa.Row[Any]:
+        """Returns a job with the id of the model that it made, or None, as `model_id`.
+
+        Raises:
+            NotFound: the account has no such job.
+        """
+        made = models.c.job_id == jobs.c.id
+        query = sa.select(jobs, models.c.id.label("model_id")).outerjoin_from(jobs, models, made)
+        return await self._one(query, account_id, job_id)
+
+    async def _one(self, query: sa.Select[Any], account_id: str, job_id: str) -> sa.Row[Any]:
+        query = query.where(jobs.c.id == check_job_id(job_id), jobs.c.account_id == account_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
         if row is None:

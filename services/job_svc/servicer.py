@@ -103,8 +103,8 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         return views.job_message(await self._jobs.cancel(_account_id(), request.job_id), None)
 
     async def _show(self, job_id: str, view: Callable[[sa.Row[Any], str | None], Any]) -> Any:
-        job = await self._jobs.get(_account_id(), job_id)
-        return view(job, (await self._models.of_jobs([job_id])).get(job_id))
+        job = await self._jobs.get_with_model(_account_id(), job_id)
+        return view(job, job.model_id)
 
     async def TailLogs(
         self, request: job_service_pb2.TailLogsRequest, context: Any
@@ -112,9 +112,10 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         if request.after_seq < 0:
             raise InvalidRequest("`after_seq` must be 0 or more.", field="after_seq")
         job = await self._jobs.get(_account_id(), request.job_id)
-        async for page in self._logs.follow(job.id, request.after_seq):
-            for event in page:
-                yield views.log_record(event)
+        with self._logs.follower(_account_id()):
+            async for page in self._logs.follow(job.id, request.after_seq):
+                for event in page:
+                    yield views.log_record(event)
 
     async def StreamMetrics(
         self, request: job_service_pb2.StreamMetricsRequest, context: Any
@@ -122,11 +123,12 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         if request.after_seq < 0:
             raise InvalidRequest("`after_seq` must be 0 or more.", field="after_seq")
         job = await self._jobs.get(_account_id(), request.job_id)
-        await context.send_initial_metadata(NDJSON)
-        async for page in self._logs.follow(job.id, request.after_seq, stored_only=request.stored_only):
-            for event in page:
-                if event.kind in views.METRIC_KINDS:
-                    yield views.metric(event)
+        with self._logs.follower(_account_id()):
+            await context.send_initial_metadata(NDJSON)
+            async for page in self._logs.follow(job.id, request.after_seq, stored_only=request.stored_only):
+                for event in page:
+                    if event.kind in views.METRIC_KINDS:
+                        yield views.metric(event)
 
 
 class FineTuningServicer(fine_tuning_service_pb2_grpc.FineTuningServiceServicer):
@@ -176,9 +178,10 @@ class FineTuningServicer(fine_tuning_service_pb2_grpc.FineTuningServiceServicer)
         self, request: fine_tuning_pb2.TailJobRequest, context: Any
     ) -> AsyncIterator[fine_tuning_pb2.LogLines]:
         job = await self._jobs.get(_account_id(), _required_job_id(request.job_id))
-        await context.send_initial_metadata(NDJSON)
-        async for page in self._logs.follow(job.id, 0):
-            yield views.log_lines(page)
+        with self._logs.follower(_account_id()):
+            await context.send_initial_metadata(NDJSON)
+            async for page in self._logs.follow(job.id, 0):
+                yield views.log_lines(page)
 
     async def GetJobFile(
         self, request: fine_tuning_pb2.GetJobFileRequest, context: Any

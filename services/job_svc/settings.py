@@ -30,6 +30,9 @@ class JobSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
         ge=1,
         description="Jobs of one account that run at once; more wait. Unset: as many as trainers are.",
     )
+    max_open_tails: int = Field(
+        100, ge=1, description="Logs and metrics that an account may follow at a time, in one process."
+    )
     max_retries: int = Field(
         3, ge=0, description="Restarts after faults of the platform without a new checkpoint in between."
     )

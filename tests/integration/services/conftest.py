@@ -85,7 +85,9 @@ class Services:
 
     def account(self, account_id: str | None = None) -> Metadata:
         """Returns a caller's metadata: an account's."""
-        token = Issuer.load("account", self.identity_dir).issue(account_id or new_id("acct"))
+        token = Issuer.load("account", self.identity_dir).issue(
+            account_id or new_id("acct"), ("read", "write")
+        )
         return (("authorization", f"Bearer {token}"),)
 
     def process(self, kind: str) -> Metadata:
