@@ -67,7 +67,7 @@ jobs = sa.Table(
     sa.Index("jobs_by_account", "account_id", "number"),
     sa.Index("jobs_by_status", "status", "number"),
     sa.Index("jobs_by_lessee", "leased_by", "status"),
-    sa.Index("jobs_in_turn", "status", "account_id", sa.text("priority DESC"), "number"),
+    sa.Index("jobs_in_turn", "status", "account_id", "priority", "number"),
     sa.Index("jobs_by_idempotency_key", "account_id", "idempotency_key", unique=True),
 )
 

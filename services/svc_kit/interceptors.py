@@ -30,7 +30,7 @@ from svc_kit.errors import (
     to_status,
 )
 from svc_kit.identity import Identity, Kind, Scope, set_current_identity
-from svc_kit.log import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER
+from svc_kit.log import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER, without_keys
 
 log = structlog.get_logger(__name__)
 
@@ -112,7 +112,7 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
             """Lets a call in or ends it with a status; gives a function that takes note of its response."""
             structlog.contextvars.clear_contextvars()
             started = time.monotonic()
-            request_id = str(metadata.get(REQUEST_ID_HEADER, ""))[:MAX_REQUEST_ID_CHARS] or None
+            request_id = without_keys(str(metadata.get(REQUEST_ID_HEADER, ""))[:MAX_REQUEST_ID_CHARS]) or None
             structlog.contextvars.bind_contextvars(rpc=rpc, request_id=request_id)
             record = None
             result = "cancelled"

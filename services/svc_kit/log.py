@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,8 +11,15 @@ from functools import partial
 import structlog
 from structlog.typing import EventDict
 
+# People paste API keys into the strangest places: ids, names, a request's id.
+_API_KEY = re.compile(r"(tnry_[A-Za-z0-9_-]{6})[A-Za-z0-9_-]{37,}")
 REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_CHARS = 128  # as the gateway lets in
+
+
+def without_keys(text: str) -> str:
+    """Returns a text with its API keys cut to what may be seen of them."""
+    return _API_KEY.sub(r"\1...", text)
 
 
 def configure_log(service: str, level: str) -> None:
