@@ -64,6 +64,9 @@ jobs = sa.Table(
     sa.Index("jobs_by_account", "account_id", "number"),
     sa.Index("jobs_by_status", "status", "number"),
     sa.Index("jobs_by_lessee", "leased_by", "status"),
+    sa.Index(
+        "jobs_by_sweep", "swept", "status"
+    ),  # or each look for what is due would go through all that ended
 )
 
 # What base models cost on the trainers' device; the newest measurement counts.
