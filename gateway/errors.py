@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
+
+from svc_kit.errors import TooManyRequests, TuneryError, to_status
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,24 @@ class GatewayError:
     when: str
 
 
+def details_headers(error: TuneryError) -> dict[str, str]:
+    """Returns the headers that tell native clients which error it is; Envoy makes the status without them."""
+    return {
+        key: base64.b64encode(value).rstrip(b"=").decode()
+        for key, value in to_status(error).trailing_metadata
+        if isinstance(value, bytes)
+    }
+
+
 _BAD_REQUEST = "invalid_request_error"
 _SERVER = "server_error"
+RATE_LIMITED = GatewayError(
+    429,
+    TooManyRequests.type,
+    TooManyRequests.code,
+    "The account's requests come too fast; try again after the pause that `Retry-After` says.",
+    "The account's requests come faster than the gateway takes them; `Retry-After` has the pause in seconds.",
+)
 GATEWAY_ERRORS = (
     GatewayError(
         400,
@@ -90,13 +109,7 @@ GATEWAY_ERRORS = (
         "HTTP/1.0 is not spoken here; use HTTP/1.1 or HTTP/2.",
         "The request came by HTTP/1.0.",
     ),
-    GatewayError(
-        429,
-        "rate_limit_error",
-        "rate_limited",
-        "Too many requests; try again after a pause.",
-        "The gateway is at its limit; try again after a pause.",
-    ),
+    RATE_LIMITED,
     GatewayError(
         431,
         _BAD_REQUEST,

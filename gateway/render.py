@@ -11,8 +11,9 @@ import jinja2
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gateway import routes
-from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS
+from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS, RATE_LIMITED, details_headers
 from svc_kit.addresses import Address, Addresses, parse_addresses
+from svc_kit.errors import TooManyRequests
 from svc_kit.tls import Tls
 
 MAX_JSON_BYTES = 1024 * 1024
@@ -59,6 +60,10 @@ class GatewaySettings(BaseModel):
     access_log: Path | None = Field(None, description="One JSON object a line for each call; none if unset.")
     tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the port speaks TLS.")
     tls_key: Path | None = Field(None, description="PEM file.")
+    requests_per_second: int = Field(
+        100, ge=1, description="Requests of one account that are taken in the long run; any more get 429."
+    )
+    request_burst: int = Field(200, ge=1, description="How many of them may come at once.")
     request_headers_timeout_seconds: float = Field(
         10.0, gt=0, description="A request whose headers take longer is ended with 408."
     )
@@ -73,7 +78,7 @@ class GatewaySettings(BaseModel):
 
 
 def _transcoded(methods: Iterable[routes.MethodRoute]) -> list[str]:
-    return sorted({route.path.split("/")[1] for route in methods} - {"tunery.account.v1.AccountService"})
+    return sorted({route.path.split("/")[1] for route in methods})
 
 
 def render(settings: GatewaySettings, services_tls: Tls | None = None) -> str:
@@ -106,6 +111,11 @@ def render(settings: GatewaySettings, services_tls: Tls | None = None) -> str:
         },
         descriptors=str(settings.descriptors.absolute()),
         lua=str(_FOLDER / "envelope.lua"),
+        auth_cache_lua=str(_FOLDER / "auth_cache.lua"),
+        requests_per_second=settings.requests_per_second,
+        request_burst=settings.request_burst,
+        rate_limited=RATE_LIMITED,
+        rate_limited_headers={"retry-after": "1", **details_headers(TooManyRequests(RATE_LIMITED.message))},
         tls=tls if settings.tls_certificate else None,
         services_tls=services_tls,
         access_log=str(settings.access_log) if settings.access_log else None,

@@ -51,6 +51,9 @@ _TAILS = (
 )
 
 
+_READ = descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
+
+
 @dataclass(frozen=True)
 class MethodRoute:
     """The route of one rpc, native or transcoded.
@@ -110,7 +113,6 @@ def method_routes(descriptors: Path) -> list[MethodRoute]:
     routes = []
     for service, method in _methods(descriptors):
         path = f"/{service}/{method.name}"
-        bindings = rest_bindings(method)
         is_stream = method.client_streaming or method.server_streaming
         idle_seconds = TAIL_IDLE_SECONDS if path in _TAILS else TRANSFER_IDLE_SECONDS if is_stream else 0
         routes.append(
@@ -120,7 +122,7 @@ def method_routes(descriptors: Path) -> list[MethodRoute]:
                 timeout_seconds=0 if is_stream else _TIMEOUT_SECONDS.get(path, DEFAULT_SECONDS),
                 idle_seconds=idle_seconds,
                 is_upload=method.client_streaming,
-                is_read=bool(bindings) and bindings[0][0] == "GET" and not is_stream,
+                is_read=method.options.idempotency_level == _READ and not is_stream,
             )
         )
     return routes

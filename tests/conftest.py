@@ -117,6 +117,12 @@ def own_database(data_dir: Path) -> Mapping[str, str]:
 @contextlib.contextmanager
 def running_stack(data_dir: Path, **environment: str) -> Iterator[RunningStack]:
     """Runs `tunery up` for the block's time, with further variables in its environment."""
+    # Tests ask as fast as they can.
+    environment = {
+        "TUNERY_GATEWAY_REQUESTS_PER_SECOND": "1000",
+        "TUNERY_GATEWAY_REQUEST_BURST": "1000",
+        **environment,
+    }
     port = free_ports(1)[0]
     output = data_dir.parent / f"{data_dir.name}.out"
     with output.open("wb") as file:

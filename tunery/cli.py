@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tunery.commands import accounts, datasets, jobs, models
+from tunery.commands import accounts, datasets, jobs, keys, models
 from tunery.commands.exit_codes import ExitCode, exit_code_of
 from tunery.errors import SetUpError
 
@@ -25,6 +25,7 @@ app.add_typer(datasets.app, name="datasets")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(accounts.app, name="accounts")
+app.add_typer(keys.app, name="keys")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypedDict
 
 TaskType = Literal["qa", "not_qa"]
+Scope = Literal["read", "write", "admin"]
 
 
 class Dataset(TypedDict):
@@ -185,3 +186,19 @@ class ChatMessage(TypedDict):
 
     role: str
     content: str
+
+
+class ApiKey(TypedDict):
+    """What is known of an API key; `id` is its first 11 characters."""
+
+    id: str
+    name: str
+    scopes: list[Scope]
+    created_at: str
+
+
+class CreatedApiKey(TypedDict):
+    """A new API key; `api_key` is the key itself."""
+
+    key: ApiKey
+    api_key: str

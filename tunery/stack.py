@@ -34,6 +34,8 @@ SERVICES = {
 # Whoever calls others is stopped before them: the gateway and the workers, the services, the store.
 _STOP_STAGE = {"gateway": 0, "trainer_svc": 0, "inference_svc": 0, "s3": 2}
 _SERVICES_STOP_STAGE = 1
+# Under the time that `up.py` gives the first stage.
+_DRAIN_SECONDS = 4.0
 _CLIENT_VARIABLES = ("TUNERY_URL", "TUNERY_API_KEY")
 
 
@@ -146,7 +148,7 @@ def _keep_credentials(data_dir: Path, url: str, environment: Mapping[str, str]) 
                 f"{data_dir / FILE_NAME} is missing, and of the first account's key only a hash is kept; put "
                 "the file back, or set TUNERY_FIRST_API_KEY to the key"
             )
-        from gateway.authz.accounts import new_api_key  # brings SQLAlchemy, for the first start only
+        from gateway.authz.api_keys import new_api_key  # brings SQLAlchemy, for the first start only
 
         api_key = new_api_key()
     credentials = Credentials(url, api_key)
@@ -176,6 +178,7 @@ def _shared_environment(
     place = hashlib.sha256(str(data_dir).encode()).hexdigest()[:8]
     shared.setdefault("TUNERY_TRAINER_ID", f"{socket.gethostname()}-{place}")
     shared.setdefault("TUNERY_PUBLIC_URL", credentials.url)
+    shared.setdefault("TUNERY_DRAIN_SECONDS", str(_DRAIN_SECONDS))
     return shared | {
         "TUNERY_IDENTITY_DIR": str(data_dir / "identity"),
         "TUNERY_DATASET_SVC_ADDRESS": found_at["dataset_svc"],
@@ -239,6 +242,11 @@ def _gateway_process(
         descriptors=Path(__file__).with_name("descriptors.pb"),
         access_log=Path("/dev/stdout"),  # which is its log file
         **({"max_upload_bytes": int(upload_limit)} if upload_limit else {}),
+        **{
+            name: int(shared[variable])
+            for name in ("requests_per_second", "request_burst")
+            if (variable := f"TUNERY_GATEWAY_{name.upper()}") in shared
+        },
     )
     config = data_dir / "run" / "envoy.yaml"
     config.write_text(render(settings, tls), encoding="utf-8")

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
-from gateway.authz.repository import Account, AccountRepository, StoredKey
-from svc_kit.errors import InvalidRequest, PermissionDenied, Unauthenticated
-from svc_kit.identity import TOKEN_SECONDS, Identity, Issuer
+from gateway.authz.api_keys import (
+    FIRST_KEY_NAME,
+    ApiKey,
+    is_api_key,
+    key_hash,
+    new_api_key,
+    scopes_up_to,
+)
+from gateway.authz.repository import Account, AccountRepository
+from svc_kit.errors import Conflict, InvalidRequest, NotFound, PermissionDenied, Unauthenticated
+from svc_kit.identity import SCOPES, TOKEN_SECONDS, Identity, Issuer, Scope
 from svc_kit.ids import new_id
 
-KEY_PREFIX = "tnry_"
-_KEY = re.compile(r"tnry_[A-Za-z0-9_-]{43}")
-_VISIBLE_CHARS = len(KEY_PREFIX) + 6
-# A key that is taken away still works for at most this long.
-LOOKUP_SECONDS = 3.0
+# A key that is taken back still works for at most this long, here and at the gateway together.
+LOOKUP_SECONDS = 4.0
 # Services take a token for the whole of a call's start, queueing included.
 MIN_TOKEN_SECONDS = 30.0
 _MAX_CACHED = 10_000
 MAX_NAME_CHARS = 100
+MAX_KEYS = 100
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -52,23 +55,23 @@ class NewAccount:
     api_key: str
 
 
-def new_api_key() -> str:
-    """Returns a key: `tnry_` and 43 characters that carry 256 random bits."""
-    return KEY_PREFIX + secrets.token_urlsafe(32)
+@dataclass(frozen=True)
+class Admission:
+    """Whom an API key stands for.
 
+    Attributes:
+        account_id: the account's id.
+        token: the account's signed identity, good for `MIN_TOKEN_SECONDS` or more.
+        seconds: how long this may be believed; then the key may have been taken back.
+    """
 
-def is_api_key(text: str) -> bool:
-    """Tells whether a text has the form of a key."""
-    return _KEY.fullmatch(text) is not None
-
-
-def stored_key(api_key: str) -> StoredKey:
-    """Returns what is kept of a key."""
-    return StoredKey(hashlib.sha256(api_key.encode()).hexdigest(), api_key[:_VISIBLE_CHARS])
+    account_id: str
+    token: str
+    seconds: float
 
 
 class Accounts:
-    """Lets keys in and makes accounts.
+    """Lets keys in, makes accounts and their keys.
 
     Keys found and tokens made are kept for a while, since every call of every client asks for them.
     """
@@ -90,44 +93,45 @@ class Accounts:
         self._issuer = issuer
         self._credit_accounts = credit_accounts
         self._clock = clock
-        self._found: dict[str, tuple[Account, float]] = {}
-        self._tokens: dict[Account, tuple[str, float]] = {}
+        self._found: dict[str, tuple[ApiKey, float]] = {}
+        self._tokens: dict[ApiKey, tuple[str, float]] = {}
 
-    async def identity_token(self, api_key: str) -> str:
-        """Returns a signed token for the account that a key belongs to, good for `MIN_TOKEN_SECONDS` or more.
+    async def admit(self, api_key: str) -> Admission:
+        """Returns whom a key stands for.
 
         Raises:
             Unauthenticated: the key is malformed or not known.
         """
         if not is_api_key(api_key):
             raise Unauthenticated(f"The bearer token is not an API key of this service. {HOW_TO}")
-        account = await self._find(stored_key(api_key).key_hash)
-        if account is None:
+        key, asked = await self._find(key_hash(api_key))
+        if key is None:
             raise Unauthenticated(f"The API key is unknown or was taken back. {HOW_TO}")
-        return self._token(account)
+        return Admission(key.account_id, self._token(key), asked + LOOKUP_SECONDS - self._clock())
 
-    async def _find(self, key_hash: str) -> Account | None:
-        asked = self._clock()
-        account, found = self._found.get(key_hash, (None, -math.inf))
-        if asked - found < LOOKUP_SECONDS:
-            return account
-        account = await self._repository.find_by_key_hash(key_hash)
-        self._found.pop(key_hash, None)
-        if account is not None:
-            _make_room(self._found)
-            self._found[key_hash] = (account, asked)
-        return account
-
-    def _token(self, account: Account) -> str:
+    async def _find(self, hash_: str) -> tuple[ApiKey | None, float]:
+        """Returns a key, and when it was known to be there."""
         now = self._clock()
-        token, ends = self._tokens.get(account, ("", -math.inf))
+        known, asked = self._found.get(hash_, (None, -math.inf))
+        if now - asked < LOOKUP_SECONDS:
+            return known, asked
+        key = await self._repository.find_key(hash_)
+        self._found.pop(hash_, None)
+        if key is not None:
+            _make_room(self._found)
+            self._found[hash_] = (key, now)
+        return key, now
+
+    def _token(self, key: ApiKey) -> str:
+        now = self._clock()
+        token, ends = self._tokens.get(key, ("", -math.inf))
         if ends - now > MIN_TOKEN_SECONDS:
             return token
-        token = self._issuer.issue(account.id, is_admin=account.is_admin)
-        self._tokens.pop(account, None)
+        token = self._issuer.issue(key.account_id, key.scopes, key.id)
+        self._tokens.pop(key, None)
         _make_room(self._tokens)
         # A token's times are whole seconds, rounded down.
-        self._tokens[account] = (token, now + TOKEN_SECONDS - 1)
+        self._tokens[key] = (token, now + TOKEN_SECONDS - 1)
         return token
 
     async def create(self, caller: Identity, name: str, credits: float | None) -> NewAccount:
@@ -137,25 +141,86 @@ class Accounts:
         without it would have no limit.
 
         Raises:
-            PermissionDenied: the caller is no admin.
+            PermissionDenied: the calling key has no scope `admin`.
             InvalidRequest: the name is empty or too long, or credits are negative or not a number.
             Unavailable: job_svc can't be reached.
         """
-        if not caller.is_admin:
-            raise PermissionDenied("Only an admin's API key may make accounts.")
-        if not 1 <= len(name.strip()) <= MAX_NAME_CHARS:
-            raise InvalidRequest(
-                f"name: {len(name.strip())} characters, expected 1 to {MAX_NAME_CHARS}.", field="name"
-            )
-        if not name.isprintable():
-            raise InvalidRequest("name: a control character, expected plain text.", field="name")
+        if "admin" not in caller.scopes:
+            raise PermissionDenied("Only an API key with the scope `admin` may make accounts.", scope="admin")
+        name = _checked_name(name)
         if credits is not None and not (math.isfinite(credits) and credits >= 0):
             raise InvalidRequest(f"credits: {credits}, expected a number of at least 0.", field="credits")
-        account = Account(new_id("acct"), name.strip(), is_admin=False)
+        account = Account(new_id("acct"), name, is_admin=False)
         api_key = new_api_key()
         await self._credit_accounts.open(account.id, credits)
-        await self._repository.add(account, stored_key(api_key))
+        await self._repository.add(account, _first_key(account, api_key))
         return NewAccount(account.id, api_key)
+
+    async def create_key(
+        self, caller: Identity, name: str, scopes: Sequence[str], account_id: str | None
+    ) -> tuple[ApiKey, str]:
+        """Makes a key of an account, None being the caller's own; returns what is kept of it, and the key.
+
+        Raises:
+            InvalidRequest: the name is empty or too long, or there is no such scope.
+            PermissionDenied: the scopes are more than the caller's or the account's, or the account is
+                another's and the calling key has no scope `admin`.
+            NotFound: there is no such account.
+            Conflict: the account has `MAX_KEYS` keys.
+        """
+        name = _checked_name(name)
+        highest = _highest(scopes)
+        account = await self._account(caller, account_id)
+        if highest not in caller.scopes:
+            raise PermissionDenied(
+                f"The API key has no scope `{highest}`, and so can give it to no other key.", scope=highest
+            )
+        if highest == "admin" and not account.is_admin:
+            raise PermissionDenied(f"{account.id} is no admin's account; its keys can't have `admin`.")
+        if len(await self._repository.list_keys(account.id)) >= MAX_KEYS:
+            raise Conflict(f"{account.id} has {MAX_KEYS} API keys; take one back first.")
+        api_key = new_api_key()
+        key = ApiKey.of(api_key, account.id, name, scopes_up_to(highest))
+        await self._repository.add_key(key)
+        return key, api_key
+
+    async def list_keys(self, caller: Identity, account_id: str | None) -> list[ApiKey]:
+        """Returns an account's keys, oldest first; None is the caller's own account.
+
+        Raises:
+            PermissionDenied: the account is another's and the calling key has no scope `admin`.
+            NotFound: there is no such account.
+        """
+        account = await self._account(caller, account_id)
+        return await self._repository.list_keys(account.id)
+
+    async def revoke_key(self, caller: Identity, key_id: str, account_id: str | None) -> None:
+        """Takes a key back: at once here, within `LOOKUP_SECONDS` elsewhere.
+
+        Raises:
+            Conflict: it is the calling key.
+            PermissionDenied: the account is another's and the calling key has no scope `admin`.
+            NotFound: there is no such account, or it has no such key.
+        """
+        account = await self._account(caller, account_id)
+        if (account.id, key_id) == (caller.subject, caller.key_id):
+            raise Conflict(
+                "This is the API key that makes the call. Make another, and take this one back with that."
+            )
+        removed = await self._repository.remove_key(account.id, key_id)
+        if removed is None:
+            raise NotFound("There is no such API key.")
+        self._found.pop(removed, None)
+
+    async def _account(self, caller: Identity, account_id: str | None) -> Account:
+        if account_id not in (None, caller.subject) and "admin" not in caller.scopes:
+            raise PermissionDenied(
+                "Only an API key with the scope `admin` may name another account.", scope="admin"
+            )
+        account = await self._repository.find_account(caller.subject if account_id is None else account_id)
+        if account is None:
+            raise NotFound("There is no such account.")
+        return account
 
     async def ensure_first(self, api_key: str) -> bool:
         """Makes the first account, an admin that keeps no balance, if there is none; returns whether it did.
@@ -168,7 +233,32 @@ class Accounts:
         if not is_api_key(api_key):
             raise ValueError("the first API key must be tnry_ and 43 characters of A-Z a-z 0-9 _ -")
         account = Account(new_id("acct"), "admin", is_admin=True)
-        return await self._repository.add_first(account, stored_key(api_key))
+        return await self._repository.add_first(account, _first_key(account, api_key))
+
+
+def _first_key(account: Account, api_key: str) -> ApiKey:
+    scopes = scopes_up_to("admin" if account.is_admin else "write")
+    return ApiKey.of(api_key, account.id, FIRST_KEY_NAME, scopes)
+
+
+def _checked_name(name: str) -> str:
+    name = name.strip()
+    if not 1 <= len(name) <= MAX_NAME_CHARS:
+        raise InvalidRequest(f"name: {len(name)} characters, expected 1 to {MAX_NAME_CHARS}.", field="name")
+    if not name.isprintable():
+        raise InvalidRequest("name: a control character, expected plain text.", field="name")
+    return name
+
+
+def _highest(scopes: Sequence[str]) -> Scope:
+    """Returns the scope that brings all the others."""
+    expected = f"expected one or more of {', '.join(SCOPES)}"
+    if not scopes:
+        raise InvalidRequest(f"scopes: empty, {expected}.", field="scopes")
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise InvalidRequest(f"scopes: {scope!r}, {expected}.", field="scopes")
+    return max(cast(Sequence[Scope], scopes), key=SCOPES.index)
 
 
 def _make_room(cache: dict[_Key, _Value]) -> None:

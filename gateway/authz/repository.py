@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from gateway.authz.api_keys import ApiKey
 from gateway.authz.tables import accounts, api_keys
 from svc_kit.database import Database, utc_now
 
@@ -21,42 +23,42 @@ class Account:
     is_admin: bool
 
 
-@dataclass(frozen=True)
-class StoredKey:
-    """What is kept of an API key.
-
-    Attributes:
-        key_hash: SHA-256 in hex.
-        prefix: the key's visible beginning.
-    """
-
-    key_hash: str
-    prefix: str
-
-
 class AccountRepository:
     """Reads and writes the two tables."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def find_by_key_hash(self, key_hash: str) -> Account | None:
-        """Returns the account that a key belongs to, or None."""
-        query = (
-            sa.select(accounts.c.id, accounts.c.name, accounts.c.is_admin)
-            .join(api_keys, api_keys.c.account_id == accounts.c.id)
-            .where(api_keys.c.key_hash == key_hash)
-        )
+    async def find_key(self, key_hash: str) -> ApiKey | None:
+        """Returns the key with a hash, or None."""
+        query = sa.select(api_keys).where(api_keys.c.key_hash == key_hash)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return _api_key(row) if row else None
+
+    async def find_account(self, account_id: str) -> Account | None:
+        """Returns an account, or None."""
+        query = sa.select(accounts).where(accounts.c.id == account_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
         return Account(row.id, row.name, row.is_admin) if row else None
 
-    async def add(self, account: Account, key: StoredKey) -> None:
+    async def list_keys(self, account_id: str) -> list[ApiKey]:
+        """Returns an account's keys, oldest first."""
+        query = (
+            sa.select(api_keys)
+            .where(api_keys.c.account_id == account_id)
+            .order_by(api_keys.c.created_at, api_keys.c.prefix)
+        )
+        async with self._database.read() as connection:
+            return [_api_key(row) for row in await connection.execute(query)]
+
+    async def add(self, account: Account, key: ApiKey) -> None:
         """Stores an account with its key, both or none."""
         async with self._database.write() as connection:
             await _insert(connection, account, key)
 
-    async def add_first(self, account: Account, key: StoredKey) -> bool:
+    async def add_first(self, account: Account, key: ApiKey) -> bool:
         """Stores an account with its key if there is no account yet; returns whether it did.
 
         Safe to call from several replicas at once: those that come second find the key taken.
@@ -70,16 +72,55 @@ class AccountRepository:
             return False
         return True
 
+    async def add_key(self, key: ApiKey) -> None:
+        """Stores a further key.
 
-async def _insert(connection: AsyncConnection, account: Account, key: StoredKey) -> None:
-    now = utc_now()
+        Raises:
+            IntegrityError: the account has a key with this beginning.
+        """
+        async with self._database.write() as connection:
+            await _insert_key(connection, key)
+
+    async def remove_key(self, account_id: str, key_id: str) -> str | None:
+        """Removes a key; returns its hash, or None where the account has no such key."""
+        query = (
+            sa.delete(api_keys)
+            .where(api_keys.c.account_id == account_id, api_keys.c.prefix == key_id)
+            .returning(api_keys.c.key_hash)
+        )
+        async with self._database.write() as connection:
+            removed: str | None = (await connection.execute(query)).scalar_one_or_none()
+        return removed
+
+
+def _api_key(row: sa.Row[Any]) -> ApiKey:
+    return ApiKey(
+        key_hash=row.key_hash,
+        id=row.prefix,
+        account_id=row.account_id,
+        name=row.name,
+        scopes=tuple(row.scopes.split()),
+        created_at=row.created_at,
+    )
+
+
+async def _insert(connection: AsyncConnection, account: Account, key: ApiKey) -> None:
     await connection.execute(
         sa.insert(accounts).values(
-            id=account.id, name=account.name, is_admin=account.is_admin, created_at=now
+            id=account.id, name=account.name, is_admin=account.is_admin, created_at=utc_now()
         )
     )
+    await _insert_key(connection, key)
+
+
+async def _insert_key(connection: AsyncConnection, key: ApiKey) -> None:
     await connection.execute(
         sa.insert(api_keys).values(
-            key_hash=key.key_hash, account_id=account.id, prefix=key.prefix, created_at=now
+            key_hash=key.key_hash,
+            account_id=key.account_id,
+            prefix=key.id,
+            name=key.name,
+            scopes=" ".join(key.scopes),
+            created_at=key.created_at,
         )
     )

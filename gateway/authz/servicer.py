@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import re
+from collections.abc import Sequence
+from typing import Any
 
-import grpc
 from envoy.config.core.v3 import base_pb2
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from envoy.type.v3 import http_status_pb2
+from google.api import httpbody_pb2
+from google.protobuf import empty_pb2, struct_pb2, timestamp_pb2
 from google.rpc import code_pb2, status_pb2
 
-from gateway.authz.accounts import HOW_TO, Accounts
+from gateway.authz.accounts import HOW_TO, Accounts, Admission
+from gateway.authz.api_keys import ApiKey
+from gateway.errors import details_headers
 from svc_kit.errors import Unauthenticated
 from svc_kit.identity import current_identity
-from svc_kit.interceptors import to_status
-from tunery.account.v1 import account_service_pb2, account_service_pb2_grpc
+from svc_kit.strict_json import StrictBody, parse_json_object, validate
+from tunery.account.v1 import account_service_pb2 as account_pb2
+from tunery.account.v1 import account_service_pb2_grpc
+
+# What the gateway makes of a success; see gateway/envelope.lua.
+CREATED = (("x-http-status", "201"),)
+NO_CONTENT = (("x-http-status", "204"),)
 
 # RFC 6750's form of a token. Envoy joins repeated headers with a comma, which is none of these.
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
@@ -37,19 +46,27 @@ def _bearer_token(authorization: str | None) -> str:
     return match[1]
 
 
-def _allowed(token: str) -> external_auth_pb2.CheckResponse:
-    """Lets a call go on with an identity in the key's place: services never see a key."""
+def _allowed(admission: Admission) -> external_auth_pb2.CheckResponse:
+    """Lets a call go on with an identity in the key's place: services never see a key.
+
+    Its metadata is for the gateway's limit of requests and for gateway/auth_cache.lua.
+    """
+    authorization = f"Bearer {admission.token}"
+    metadata = struct_pb2.Struct()
+    metadata.update(
+        {"account": admission.account_id, "authorization": authorization, "seconds": admission.seconds}
+    )
     return external_auth_pb2.CheckResponse(
         status=status_pb2.Status(code=code_pb2.OK),
-        ok_response=external_auth_pb2.OkHttpResponse(headers=[_header("authorization", f"Bearer {token}")]),
+        ok_response=external_auth_pb2.OkHttpResponse(headers=[_header("authorization", authorization)]),
+        dynamic_metadata=metadata,
     )
 
 
 def _denied(error: Unauthenticated, *, is_grpc: bool) -> external_auth_pb2.CheckResponse:
     headers = [_header("www-authenticate", "Bearer")]
     if is_grpc:
-        # Envoy makes the gRPC status itself, without the details by which clients tell errors apart.
-        headers += [_header(key, _base64(value)) for key, value in to_status(error).trailing_metadata]
+        headers += [_header(key, value) for key, value in details_headers(error).items()]
     return external_auth_pb2.CheckResponse(
         status=status_pb2.Status(code=code_pb2.UNAUTHENTICATED, message=error.message),
         denied_response=external_auth_pb2.DeniedHttpResponse(
@@ -60,11 +77,6 @@ def _denied(error: Unauthenticated, *, is_grpc: bool) -> external_auth_pb2.Check
     )
 
 
-def _base64(value: str | bytes) -> str:
-    assert isinstance(value, bytes), "a -bin header"
-    return base64.b64encode(value).rstrip(b"=").decode()
-
-
 class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
     """Answers Envoy's question whether a call may go on."""
 
@@ -72,15 +84,23 @@ class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
         self._accounts = accounts
 
     async def Check(
-        self, request: external_auth_pb2.CheckRequest, context: grpc.aio.ServicerContext
+        self, request: external_auth_pb2.CheckRequest, context: Any
     ) -> external_auth_pb2.CheckResponse:
         headers = request.attributes.request.http.headers
         try:
-            token = await self._accounts.identity_token(_bearer_token(headers.get("authorization")))
+            admission = await self._accounts.admit(_bearer_token(headers.get("authorization")))
         except Unauthenticated as error:
             is_grpc = headers.get("content-type", "").startswith("application/grpc")
             return _denied(error, is_grpc=is_grpc)
-        return _allowed(token)
+        return _allowed(admission)
+
+
+class CreateApiKeyBody(StrictBody):
+    """CreateApiKeyRequest in JSON."""
+
+    name: str
+    scopes: list[str]
+    account_id: str | None = None
 
 
 class AccountServicer(account_service_pb2_grpc.AccountServiceServicer):
@@ -90,8 +110,49 @@ class AccountServicer(account_service_pb2_grpc.AccountServiceServicer):
         self._accounts = accounts
 
     async def CreateAccount(
-        self, request: account_service_pb2.CreateAccountRequest, context: grpc.aio.ServicerContext
-    ) -> account_service_pb2.CreateAccountResponse:
+        self, request: account_pb2.CreateAccountRequest, context: Any
+    ) -> account_pb2.CreateAccountResponse:
         credits = request.credits if request.HasField("credits") else None
         made = await self._accounts.create(current_identity(), request.name, credits)
-        return account_service_pb2.CreateAccountResponse(account_id=made.account_id, api_key=made.api_key)
+        return account_pb2.CreateAccountResponse(account_id=made.account_id, api_key=made.api_key)
+
+    async def CreateApiKey(
+        self, request: account_pb2.CreateApiKeyRequest, context: Any
+    ) -> account_pb2.CreateApiKeyResponse:
+        return await self._create_key(request.name, request.scopes, _account_id(request))
+
+    async def CreateApiKeyFromJson(
+        self, request: httpbody_pb2.HttpBody, context: Any
+    ) -> account_pb2.CreateApiKeyResponse:
+        body = validate(CreateApiKeyBody, parse_json_object(request.data))
+        made = await self._create_key(body.name, body.scopes, body.account_id)
+        await context.send_initial_metadata(CREATED)
+        return made
+
+    async def _create_key(
+        self, name: str, scopes: Sequence[str], account_id: str | None
+    ) -> account_pb2.CreateApiKeyResponse:
+        key, api_key = await self._accounts.create_key(current_identity(), name, scopes, account_id)
+        return account_pb2.CreateApiKeyResponse(key=_message(key), api_key=api_key)
+
+    async def ListApiKeys(
+        self, request: account_pb2.ListApiKeysRequest, context: Any
+    ) -> account_pb2.ApiKeyList:
+        found = await self._accounts.list_keys(current_identity(), _account_id(request))
+        return account_pb2.ApiKeyList(data=[_message(key) for key in found])
+
+    async def RevokeApiKey(self, request: account_pb2.RevokeApiKeyRequest, context: Any) -> empty_pb2.Empty:
+        await self._accounts.revoke_key(current_identity(), request.key_id, _account_id(request))
+        await context.send_initial_metadata(NO_CONTENT)
+        return empty_pb2.Empty()
+
+
+def _account_id(request: Any) -> str | None:
+    account_id: str | None = request.account_id if request.HasField("account_id") else None
+    return account_id
+
+
+def _message(key: ApiKey) -> account_pb2.ApiKey:
+    created_at = timestamp_pb2.Timestamp()
+    created_at.FromDatetime(key.created_at)
+    return account_pb2.ApiKey(id=key.id, name=key.name, scopes=key.scopes, created_at=created_at)

@@ -23,8 +23,11 @@ api_keys = sa.Table(
     # SHA-256 of the key in hex. A key has 256 random bits, so that no slow hash is needed to keep it from
     # being guessed, and it can be found by its hash.
     sa.Column("key_hash", sa.String(64), primary_key=True),
-    sa.Column("account_id", sa.String(64), sa.ForeignKey("accounts.id"), nullable=False, index=True),
-    # What a list of keys may show, to tell one from another.
+    sa.Column("account_id", sa.String(64), sa.ForeignKey("accounts.id"), nullable=False),
+    # The key's visible beginning, its id in the account.
     sa.Column("prefix", sa.String(16), nullable=False),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("scopes", sa.String(64), nullable=False),  # with spaces between
     sa.Column("created_at", UtcTime, nullable=False),
+    sa.Index("ix_api_keys_account_id_prefix", "account_id", "prefix", unique=True),
 )

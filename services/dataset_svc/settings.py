@@ -19,6 +19,12 @@ class DatasetSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
     )
     catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
     max_upload_bytes: int = Field(2**30, gt=0, description="Largest file, uploaded or named by a URI.")
+    max_datasets: int = Field(10_000, ge=1, description="Datasets of one account; more are refused.")
+    max_dataset_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Bytes of all datasets of one account; more are refused. Unset: no limit.",
+    )
     import_file_roots: tuple[Path, ...] = Field(
         (), description='Folders that file:// URIs may point into, as JSON: ["/srv/data"]. None by default.'
     )

@@ -66,13 +66,15 @@ async def main(settings: JobSettings) -> None:
     dataset_channel = connect(settings.dataset_svc_address, settings.tls)
     job_data = JobDataClient(dataset_channel, Issuer.load("job_svc", settings.identity_dir))
 
-    jobs = Jobs(database, feed, job_data, catalog, price)
-    logs = LogStream(database, feed)
+    jobs = Jobs(database, feed, job_data, catalog, price, settings.max_live_jobs)
+    logs = LogStream(database, feed, settings.max_open_tails)
     sweeper = Sweeper(database, feed, store)
     models = Models(database, sweeper)
     files = JobFiles(jobs, logs, store)
     ledger = CreditLedger(database)
-    queue = LeaseQueue(database, feed, price, settings.lease_seconds, settings.max_retries)
+    queue = LeaseQueue(
+        database, feed, price, settings.lease_seconds, settings.max_retries, settings.max_running_jobs
+    )
     validator = Validator(database, feed, job_data, price)
 
     account: frozenset[Kind] = frozenset({"account"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from job_svc.change_feed import ChangeFeed, job_topic
 from job_svc.job_state import ENDED
 from job_svc.tables import events, jobs
 from svc_kit.database import Database
+from svc_kit.errors import LimitReached
 
 PAGE_LINES = 500
 # A notice may be lost (a replica's connection broke): then a line is late by this, never lost.
@@ -24,10 +26,35 @@ _PACE_SECONDS = 0.1
 class LogStream:
     """Reads logs."""
 
-    def __init__(self, database: Database, feed: ChangeFeed) -> None:
+    def __init__(self, database: Database, feed: ChangeFeed, max_followers: int) -> None:
+        """Args:
+        database: the service's.
+        feed: tells of new lines.
+        max_followers: how many an account may have at a time, in this process.
+        """
         self._database = database
         self._feed = feed
         self._tails: dict[str, _Tail] = {}
+        self._max_followers = max_followers
+        self._followers: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def follower(self, account_id: str) -> Iterator[None]:
+        """Counts one of an account's followers for the block's time.
+
+        Raises:
+            LimitReached: the account has `max_followers`.
+        """
+        if self._followers[account_id] >= self._max_followers:
+            raise LimitReached(
+                f"The account follows {self._max_followers} logs at a time already; end one first."
+            )
+        self._followers[account_id] += 1
+        try:
+            yield
+        finally:
+            self._followers[account_id] -= 1
+            self._followers += Counter()  # forgets those at 0
 
     async def follow(
         self, job_id: str, after_seq: int, *, stored_only: bool = False

@@ -20,6 +20,19 @@ class JobSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
     catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
     credits_per_million_tokens: float = Field(1000.0, ge=0, description="Price of a million tokens.")
     lease_seconds: float = Field(15.0, gt=0, description="A trainer unheard of for so long has lost its job.")
+    max_live_jobs: int = Field(
+        1000,
+        ge=1,
+        description="Jobs of one account that may be waiting or running at once; more are refused.",
+    )
+    max_running_jobs: int | None = Field(
+        None,
+        ge=1,
+        description="Jobs of one account that run at once; more wait. Unset: as many as trainers are.",
+    )
+    max_open_tails: int = Field(
+        100, ge=1, description="Logs and metrics that an account may follow at a time, in one process."
+    )
     max_retries: int = Field(
         3, ge=0, description="Restarts after faults of the platform without a new checkpoint in between."
     )

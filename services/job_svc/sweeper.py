@@ -30,6 +30,11 @@ def job_prefix(account_id: str, job_id: str) -> str:
     return f"{account_prefix(account_id)}jobs/{job_id}/"
 
 
+def attempt_prefix(job: sa.Row[Any]) -> str:
+    """Returns the beginning of the keys of everything that a job's attempt under way may store."""
+    return f"{job_prefix(job.account_id, job.id)}attempt-{job.attempts}/"
+
+
 class Sweeper:
     """Sweeps ended jobs. Repeatable, and safe in several replicas."""
 

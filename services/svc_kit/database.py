@@ -87,6 +87,14 @@ class Database:
             async with connection.begin():
                 yield connection
 
+    async def lock(self, connection: AsyncConnection, name: str) -> None:
+        """Keeps other transactions that lock the same name off until this one's end.
+
+        On SQLite each `write()` does that by itself.
+        """
+        if not self.is_sqlite:
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
+
     async def close(self) -> None:
         """Closes every connection."""
         await self._engine.dispose()

@@ -1,6 +1,6 @@
 """Every error that a client can see, in one table.
 
-A domain raises one of these exceptions. `interceptors.py` turns it into a gRPC status with an
+A domain raises one of these exceptions. `interceptors.py` ends the call with its gRPC status, which has an
 `ErrorInfo` detail, and the gateway turns that into the REST envelope
 `{"error": {"message", "type", "code"}}`. Nothing else maps errors. `docs/errors.md` lists the same
 rows, and a test holds the two together.
@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+ERROR_DOMAIN = "tunery"
 
 
 class TuneryError(Exception):
@@ -99,7 +104,7 @@ class PermissionDenied(TuneryError):
     type = "permission_error"
     grpc_status = grpc.StatusCode.PERMISSION_DENIED
     http_status = 403
-    when = "The caller is known but may not do this, such as creating accounts without being an admin."
+    when = "The API key may not do this; the message names the scope that it lacks."
 
 
 class NotFound(TuneryError):
@@ -149,6 +154,11 @@ class TooManyRequests(TuneryError):
     when = "The service is at its limit; try again after a pause."
 
 
+class LimitReached(TooManyRequests):
+    code = "limit_reached"
+    when = "The account has as many jobs, datasets, bytes or open streams as it may; the message says which."
+
+
 class Unavailable(TuneryError):
     code = "unavailable"
     type = "server_error"
@@ -165,4 +175,28 @@ def table() -> list[type[TuneryError]]:
     return rows
 
 
-ERROR_DOMAIN = "tunery"
+# A status travels in HTTP headers, the message twice; what is larger than these may hold is lost whole.
+MAX_MESSAGE_CHARS = 2000
+MAX_DETAIL_CHARS = 300
+
+
+def to_status(error: TuneryError) -> grpc.Status:
+    """Returns the gRPC status of an error, with `ErrorInfo` as its first detail.
+
+    The gateway reads from it: `reason` is the code, `metadata.type` and `metadata.http_status` the rest.
+    """
+    details = {name: _shortened(value, MAX_DETAIL_CHARS) for name, value in error.details.items()}
+    info = error_details_pb2.ErrorInfo(
+        reason=error.code,
+        domain=ERROR_DOMAIN,
+        metadata={**details, "type": error.type, "http_status": str(error.http_status)},
+    )
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    code = code_pb2.Code.Value(error.grpc_status.name)
+    message = _shortened(error.message, MAX_MESSAGE_CHARS)
+    return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[detail]))
+
+
+def _shortened(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."

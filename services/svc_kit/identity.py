@@ -11,6 +11,7 @@ import contextvars
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,6 +27,11 @@ Kind = Literal["account", "trainer", "dataset_svc", "job_svc", "inference_svc", 
 """What a caller can be. Every kind but `account` is a process of the stack; its name is its issuer's."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Scope = Literal["read", "write", "admin"]
+"""What an API key may do: `read` changes nothing, `write` is every call on the account's own things, `admin`
+makes accounts. Each brings those before it."""
+
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 # The auth check vouches for accounts, and also calls job_svc in its own name: hence two keys.
 TOKEN_SECONDS = 120
 _AUDIENCE = "tunery"
@@ -39,12 +45,14 @@ class Identity:
     Attributes:
         kind: what the caller is.
         subject: the account's id, or the process's name.
-        is_admin: whether an account may make other accounts.
+        scopes: what an account's API key may do; processes of the stack have none.
+        key_id: which of the account's API keys calls.
     """
 
     kind: Kind
     subject: str
-    is_admin: bool = False
+    scopes: frozenset[Scope] = frozenset()
+    key_id: str = ""
 
 
 _current: contextvars.ContextVar[Identity] = contextvars.ContextVar("identity")
@@ -87,7 +95,7 @@ class Issuer:
         assert isinstance(key, Ed25519PrivateKey)
         return cls(kind, key)
 
-    def issue(self, subject: str, *, is_admin: bool = False) -> str:
+    def issue(self, subject: str, scopes: Iterable[Scope] = (), key_id: str = "") -> str:
         """Returns a token for `subject`, good for `TOKEN_SECONDS`."""
         now = time.time()
         claims = {
@@ -96,16 +104,17 @@ class Issuer:
             "sub": subject,
             "iat": int(now),
             "exp": int(now) + TOKEN_SECONDS,
-            "admin": is_admin,
+            "scope": " ".join(scopes),
+            "key": key_id,
         }
         return jwt.encode(claims, self._private_key, algorithm="EdDSA", headers={"kid": self._kind})
 
     def own_token(self) -> str:
-        """Returns a token that names this process itself, made anew at half its life."""
+        """Returns a token that names this process itself, renewed at half its life or if clocks jump."""
         token, made = self._own
-        if time.monotonic() - made > TOKEN_SECONDS / 2 or not token:
+        if not 0 <= time.time() - made < TOKEN_SECONDS / 2:
             token = self.issue(self._kind)
-            self._own = (token, time.monotonic())
+            self._own = (token, time.time())
         return token
 
     def own_metadata(self) -> tuple[tuple[str, str], ...]:
@@ -151,7 +160,13 @@ class Verifier:
             )
         except (jwt.InvalidTokenError, KeyError, TypeError) as error:
             raise Unauthenticated("The identity token is not valid.") from error
-        return Identity(kind=kind, subject=claims["sub"], is_admin=claims.get("admin") is True)
+        scopes = str(claims.get("scope", "")).split()
+        return Identity(
+            kind=kind,
+            subject=claims["sub"],
+            scopes=frozenset(scope for scope in SCOPES if scope in scopes),
+            key_id=str(claims.get("key", "")),
+        )
 
 
 def write_identity_keys(identity_dir: Path) -> None:

@@ -1,25 +1,35 @@
-"""The one place where every rpc is let in, and where every exception becomes a status."""
+"""The one place where every rpc is let in and recorded, and where every exception becomes a status."""
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import grpc
 import structlog
 import urllib3.exceptions
-from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from minio.error import MinioException
 
+from svc_kit.audit import AuditRecord
 from svc_kit.database import DATABASE_AWAY
-from svc_kit.errors import ERROR_DOMAIN, PermissionDenied, TuneryError, Unauthenticated, Unavailable, table
-from svc_kit.identity import Identity, Kind, set_current_identity
+from svc_kit.errors import (
+    ERROR_DOMAIN,
+    PermissionDenied,
+    TuneryError,
+    Unauthenticated,
+    Unavailable,
+    table,
+    to_status,
+)
+from svc_kit.identity import Identity, Kind, Scope, set_current_identity
 from svc_kit.log import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER
 
 log = structlog.get_logger(__name__)
@@ -37,35 +47,9 @@ OPEN_SERVICES = frozenset(
 # A trainer renews its lease every second; Envoy asks the auth check at every call.
 _FREQUENT_CALLERS: frozenset[Kind] = frozenset({"trainer", "authz"})
 
-# A status travels in HTTP headers, the message twice; what is larger than these may hold is lost whole.
-MAX_MESSAGE_CHARS = 2000
-MAX_DETAIL_CHARS = 300
-
 
 class TokenVerifier(Protocol):
     def verify(self, token: str) -> Identity: ...
-
-
-def to_status(error: TuneryError) -> grpc.Status:
-    """Returns the gRPC status of an error, with `ErrorInfo` as its first detail.
-
-    The gateway reads from it: `reason` is the code, `metadata.type` and `metadata.http_status` the rest.
-    """
-    details = {name: _shortened(value, MAX_DETAIL_CHARS) for name, value in error.details.items()}
-    info = error_details_pb2.ErrorInfo(
-        reason=error.code,
-        domain=ERROR_DOMAIN,
-        metadata={**details, "type": error.type, "http_status": str(error.http_status)},
-    )
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    code = code_pb2.Code.Value(error.grpc_status.name)
-    message = _shortened(error.message, MAX_MESSAGE_CHARS)
-    return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[detail]))
-
-
-def _shortened(text: str, max_chars: int) -> str:
-    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> TuneryError:
@@ -102,7 +86,7 @@ def as_tunery_error(error: Exception) -> TuneryError | None:
 
 
 class ServingInterceptor(grpc.aio.ServerInterceptor):
-    """Verifies the caller, binds the request id to the log, and turns exceptions into statuses.
+    """Verifies the caller and its scope, records what may change something, turns exceptions into statuses.
 
     `allow` names, for each served service, the kinds of callers that are let in. A service that isn't
     named lets no one in.
@@ -118,20 +102,46 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        service = handler_call_details.method.split("/")[1]
-        if handler is None or service in OPEN_SERVICES:
+        rpc = handler_call_details.method
+        if handler is None or rpc.split("/")[1] in OPEN_SERVICES:
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
 
-        def enter() -> None:
+        @asynccontextmanager
+        async def served(request: Any, context: Any) -> AsyncIterator[Callable[[Any], None]]:
+            """Lets a call in or ends it with a status; gives a function that takes note of its response."""
             structlog.contextvars.clear_contextvars()
+            started = time.monotonic()
             request_id = str(metadata.get(REQUEST_ID_HEADER, ""))[:MAX_REQUEST_ID_CHARS] or None
-            structlog.contextvars.bind_contextvars(rpc=handler_call_details.method, request_id=request_id)
-            identity = self._admit(service, str(metadata.get("authorization", "")))
-            structlog.contextvars.bind_contextvars(caller=identity.kind)
-            set_current_identity(identity)
+            structlog.contextvars.bind_contextvars(rpc=rpc, request_id=request_id)
+            record = None
+            result = "cancelled"
+            try:
+                identity = self._admit(rpc.split("/")[1], str(metadata.get("authorization", "")))
+                structlog.contextvars.bind_contextvars(caller=identity.kind)
+                set_current_identity(identity)
+                if identity.kind == "account" and not is_read(rpc):
+                    record = AuditRecord(identity)
+                    record.note(request)
+                _check_scope(identity, rpc)
+                yield record.note if record else lambda _response: None
+                result = "ok"
+                _log_answered(started)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                known = _known(error)
+                result = known.code
+                if known.http_status < 500:
+                    _log_answered(started, code=known.code)
+                # The transcoder sends a response's status as soon as initial metadata comes, so none may
+                # precede this.
+                await context.abort_with_status(to_status(known))
+            finally:
+                if record:
+                    record.write(result)
 
-        return _guarded(handler, enter)
+        return _guarded(handler, served)
 
     def _admit(self, service: str, authorization: str) -> Identity:
         scheme, _, token = authorization.partition(" ")
@@ -150,45 +160,50 @@ def _log_answered(started: float, **facts: Any) -> None:
     log.log(level, "rpc answered", seconds=round(time.monotonic() - started, 4), **facts)
 
 
-async def _abort(context: Any, error: Exception, started: float) -> None:
+@functools.cache
+def is_read(rpc: str) -> bool:
+    """Tells whether an rpc, `/package.Service/Method`, changes nothing; its proto says so.
+
+    Raises:
+        KeyError: there is no such rpc.
+    """
+    method = descriptor_pool.Default().FindMethodByName(rpc[1:].replace("/", "."))
+    level: int = method.GetOptions().idempotency_level
+    return level == descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
+
+
+def _check_scope(identity: Identity, rpc: str) -> None:
+    if identity.kind != "account":
+        return
+    needed: Scope = "read" if is_read(rpc) else "write"
+    if needed not in identity.scopes:
+        raise PermissionDenied(
+            f"The API key has no scope `{needed}`, which this call needs.",
+            scope=needed,
+        )
+
+
+def _known(error: Exception) -> TuneryError:
     known = as_tunery_error(error)
     if known is None:
         log.exception("rpc failed in a way that was not foreseen")
-        known = TuneryError("The service failed; its log has more under the request id.")
-    elif known.http_status >= 500:
+        return TuneryError("The service failed; its log has more under the request id.")
+    if known.http_status >= 500:
         log.warning("rpc failed", code=known.code, cause=repr(error))
-    else:
-        _log_answered(started, code=known.code)
-    # The transcoder sends a response's status as soon as initial metadata comes, so none may precede this.
-    await context.abort_with_status(to_status(known))
+    return known
 
 
-def _guarded(handler: grpc.RpcMethodHandler, enter: Callable[[], None]) -> grpc.RpcMethodHandler:
+def _guarded(handler: grpc.RpcMethodHandler, served: Callable[[Any, Any], Any]) -> grpc.RpcMethodHandler:
     async def unary(request: Any, context: Any) -> Any:
-        started = time.monotonic()
-        try:
-            enter()
+        async with served(request, context) as note:
             response = await behavior(request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error, started)
-        else:
-            _log_answered(started)
+            note(response)
             return response
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        started = time.monotonic()
-        try:
-            enter()
+        async with served(request, context):
             async for response in behavior(request, context):
                 yield response
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error, started)
-        else:
-            _log_answered(started)
 
     behavior: Any  # a coroutine function or an async generator, which grpc's types don't tell apart
     if handler.response_streaming:

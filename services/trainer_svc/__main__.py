@@ -29,6 +29,7 @@ async def main(settings: TrainerSettings) -> None:
         settings.models_dir,
         Probes(settings.models_dir),
         settings.work_dir,
+        settings.drain_seconds,
     )
     server, health = make_server([], Verifier(settings.identity_dir))
     await serve(server, health, settings.listen, [worker.run()], tls=settings.tls)

@@ -64,6 +64,8 @@ async def test_a_folder_comes_back(store: ObjectStore, prefix: str, tmp_path: Pa
     await store.put_folder(prefix, source)
     await store.get_folder(prefix, tmp_path / "copy")
     assert (tmp_path / "copy" / "inner" / "b.txt").read_text() == "b"
+    await store.get_folder(prefix, tmp_path / "part", without="inner")
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["a.txt"]
     assert [stored.key for stored in await store.list(prefix)] == [f"{prefix}a.txt", f"{prefix}inner/b.txt"]
 
 

@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings
 
 from dataset_svc.settings import DatasetSettings
 from gateway.__main__ import GatewayEnvironment
-from gateway.authz.accounts import is_api_key, new_api_key
+from gateway.authz.api_keys import is_api_key, new_api_key
 from gateway.authz.settings import AuthzSettings
 from gateway.binary import envoy_path
 from gateway.render import render

@@ -10,8 +10,8 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS, GatewayError
-from svc_kit.errors import ERROR_DOMAIN, TuneryError, table
-from svc_kit.interceptors import as_tunery_error, to_status
+from svc_kit.errors import ERROR_DOMAIN, TuneryError, table, to_status
+from svc_kit.interceptors import as_tunery_error
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = (ROOT / "docs" / "errors.md").read_text().splitlines()

@@ -13,6 +13,7 @@ import yaml
 from google.protobuf import descriptor_pb2
 from openapi_schema_validator import OAS30Validator, OAS31Validator
 
+from gateway.authz.servicer import CreateApiKeyBody
 from gateway.routes import rest_bindings
 from inference_svc import chat_request
 from inference_svc.chat_request import ChatRequest, RequestMessage
@@ -29,6 +30,7 @@ from job_svc.csv_job_request import CsvJobBody, HyperparametersBody
 from svc_kit.errors import InvalidRequest, table
 from svc_kit.strict_json import StrictBody, validate
 from trainer_svc.engine.run_spec import Extras
+from tunery.account.v1 import account_service_pb2
 from tunery.dataset.v1 import dataset_pb2, dataset_report_pb2
 from tunery.inference.v1 import chat_service_pb2
 from tunery.job.v1 import credit_service_pb2, fine_tuning_service_pb2, job_pb2, model_pb2
@@ -85,6 +87,9 @@ RESPONSES = [
     (FIRST, "Credits", credit_service_pb2.Credits),
     (FIRST, "CreditEntry", credit_service_pb2.CreditEntry),
     (FIRST, "CreditEntryList", credit_service_pb2.CreditEntryList),
+    (FIRST, "ApiKey", account_service_pb2.ApiKey),
+    (FIRST, "ApiKeyList", account_service_pb2.ApiKeyList),
+    (FIRST, "CreateApiKeyResponse", account_service_pb2.CreateApiKeyResponse),
     (FIRST, "ChatCompletion", chat_service_pb2.ChatCompletion),
     (FIRST, "TokenLogprob", chat_service_pb2.TokenLogprob),
     (SECOND, "FineTuningJob", fine_tuning_service_pb2.FineTuningJob),
@@ -99,6 +104,7 @@ REQUESTS = [
     (FIRST, "CreateFineTuningJobRequest", CsvJobBody),
     (FIRST, "Hyperparameters", HyperparametersBody),
     (FIRST, "ChatRequestMessage", RequestMessage),
+    (FIRST, "CreateApiKeyRequest", CreateApiKeyBody),
     (SECOND, "Config", ConfigBody),
     (SECOND, "FineTuningOptions", FineTuningOptionsBody),
     (SECOND, "LoraFineTuneOptions", LoraBody),

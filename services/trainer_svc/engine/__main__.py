@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from svc_kit.parent_death import die_with_parent
 from trainer_svc.engine.device import make_deterministic
-from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory
+from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog
 from trainer_svc.engine.gradients import is_out_of_memory
 from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
@@ -61,6 +61,8 @@ def run(spec: RunSpec, group: ProcessGroup) -> int:
     events = EventLog(spec.output_dir, silent=not group.is_first)
     try:
         train(spec, group, events)
+    except Stopped:
+        pass
     except JobFault as error:
         return _fail(events, group, str(error), "job")
     except OutOfMemory as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -67,6 +68,14 @@ async def wait_until(condition: Callable[[], Awaitable[Any]], seconds: float = 2
         while not (answer := await condition()):  # noqa: ASYNC110  # another process's state
             await asyncio.sleep(0.02)
     return answer
+
+
+async def stat(gateway: Gateway, name: str) -> int:
+    """Returns one of Envoy's counters."""
+    transport = httpx.AsyncHTTPTransport(uds=str(gateway.folder / "envoy" / "admin.sock"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+        text = (await client.get("/stats", params={"filter": f"^{re.escape(name)}$"})).text
+    return int(text.rpartition(" ")[2]) if text else 0
 
 
 @asynccontextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import grpc
 import pytest
 import pytest_asyncio
@@ -18,18 +19,24 @@ import sqlalchemy as sa
 from gateway.authz.__main__ import MIGRATIONS
 from gateway.authz.accounts import (
     LOOKUP_SECONDS,
+    MAX_KEYS,
     MIN_TOKEN_SECONDS,
     Accounts,
-    is_api_key,
-    new_api_key,
-    stored_key,
 )
+from gateway.authz.api_keys import ApiKey, is_api_key, new_api_key
 from gateway.authz.repository import Account, AccountRepository
 from gateway.authz.tables import accounts as accounts_table
 from gateway.authz.tables import api_keys, metadata
-from svc_kit.database import Database, migrate
-from svc_kit.errors import InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
-from svc_kit.identity import TOKEN_SECONDS, Identity, Issuer, Verifier, write_identity_keys
+from svc_kit.database import Database, migrate, utc_now
+from svc_kit.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+from svc_kit.identity import SCOPES, TOKEN_SECONDS, Identity, Issuer, Scope, Verifier, write_identity_keys
 from tests.integration.gateway.stack import FIRST_KEY, Gateway
 from tests.integration.gateway.upstreams import Upstreams
 from tunery.account.v1 import account_service_pb2, account_service_pb2_grpc
@@ -37,7 +44,9 @@ from tunery.job.v1 import job_service_pb2, job_service_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-ADMIN = Identity("account", "acct-admin", is_admin=True)
+ALL = frozenset(SCOPES)
+WRITE = frozenset({"read", "write"})
+ADMIN = Identity("account", "acct-admin", ALL)
 
 
 @dataclass
@@ -71,8 +80,10 @@ class World:
         issuer = Issuer.load("account", self.keys)
         return Accounts(AccountRepository(self.database), issuer, self.credit_book, lambda: self.now)
 
-    def identity(self, token: str) -> Identity:
-        return Verifier(self.keys).verify(token)
+    async def identity(self, api_key: str, accounts: Accounts | None = None) -> Identity:
+        """Returns whom services take the holder of a key for."""
+        admission = await (accounts or self.accounts()).admit(api_key)
+        return Verifier(self.keys).verify(admission.token)
 
     async def rows(self, table: sa.Table) -> list[Any]:
         async with self.database.read() as connection:
@@ -143,6 +154,34 @@ async def test_migrations_make_the_tables_that_the_code_has(world: World) -> Non
     }
 
 
+async def test_a_migration_gives_keys_that_are_there_their_scopes(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upgrade = alembic.command.upgrade
+    with monkeypatch.context() as patched:
+        patched.setattr("alembic.command.upgrade", lambda config, _: upgrade(config, "0001"))
+        await asyncio.to_thread(migrate, database_url, MIGRATIONS, metadata)
+    database = Database(database_url)
+    now = utc_now()
+    async with database.write() as connection:
+        for name, is_admin in (("boss", True), ("team", False)):
+            values = {"id": name, "name": name, "is_admin": is_admin, "created_at": now}
+            await connection.execute(sa.insert(accounts_table).values(values))
+            key = {"key_hash": name, "account_id": name, "prefix": "tnry_abcdef", "created_at": now}
+            await connection.execute(sa.insert(api_keys).values(key))
+
+    await asyncio.to_thread(migrate, database_url, MIGRATIONS, metadata)
+
+    repository = AccountRepository(database)
+    assert [await repository.find_key(name) for name in ("boss", "team")] == [
+        ApiKey("boss", "tnry_abcdef", "boss", "first key", ("read", "write", "admin"), now),
+        ApiKey("team", "tnry_abcdef", "team", "first key", ("read", "write"), now),
+    ]
+    with pytest.raises(sa.exc.IntegrityError):
+        await repository.add_key(ApiKey("other", "tnry_abcdef", "team", "x", ("read",), now))
+    await database.close()
+
+
 async def test_create_opens_credits_and_keeps_only_the_hash(world: World) -> None:
     made = await world.accounts().create(ADMIN, " Team Ü ", 12.5)
 
@@ -154,8 +193,7 @@ async def test_create_opens_credits_and_keeps_only_the_hash(world: World) -> Non
     assert key.key_hash == hashlib.sha256(made.api_key.encode()).hexdigest()
     assert made.api_key.startswith(key.prefix)
     assert len(key.prefix) == 11
-    identity = world.identity(await world.accounts().identity_token(made.api_key))
-    assert identity == Identity("account", made.account_id, is_admin=False)
+    assert await world.identity(made.api_key) == Identity("account", made.account_id, WRITE, key.prefix)
 
 
 async def test_create_without_credits_keeps_no_balance(world: World) -> None:
@@ -210,9 +248,9 @@ async def test_the_first_account_is_made_once(world: World) -> None:
     (account,) = await world.rows(accounts_table)
     assert account.is_admin
     assert world.credit_book.opened == []
-    assert world.identity(await world.accounts().identity_token(FIRST_KEY)).is_admin
+    assert (await world.identity(FIRST_KEY)).scopes == ALL
     with pytest.raises(Unauthenticated):
-        await world.accounts().identity_token(other_key)
+        await world.accounts().admit(other_key)
 
 
 async def test_replicas_that_start_at_once_make_one_first_account(world: World) -> None:
@@ -237,34 +275,37 @@ async def test_the_same_key_twice_is_refused_whole(world: World) -> None:
     assert stored.key_hash == key
 
     with pytest.raises(sa.exc.IntegrityError):
-        await repository.add(Account("acct-2", "second", is_admin=False), stored_key(FIRST_KEY))
+        await repository.add(
+            Account("acct-2", "second", is_admin=False), ApiKey.of(FIRST_KEY, "acct-2", "x", ())
+        )
 
     assert len(await world.rows(accounts_table)) == 1
 
 
-async def test_a_key_taken_away_works_for_3_seconds_at_most(world: World) -> None:
+async def test_a_key_taken_away_works_for_4_seconds_at_most(world: World) -> None:
     accounts = world.accounts()
     await accounts.ensure_first(FIRST_KEY)
-    await accounts.identity_token(FIRST_KEY)
+    await accounts.admit(FIRST_KEY)
     async with world.database.write() as connection:
         await connection.execute(sa.delete(api_keys))
 
-    world.now += LOOKUP_SECONDS - 0.01
-    await accounts.identity_token(FIRST_KEY)
-    world.now += 0.01
+    world.now += LOOKUP_SECONDS - 0.25
+    # Whoever keeps the answer keeps it no longer than it is kept here.
+    assert (await accounts.admit(FIRST_KEY)).seconds == 0.25
+    world.now += 0.25
     with pytest.raises(Unauthenticated, match="unknown or was taken back"):
-        await accounts.identity_token(FIRST_KEY)
-    assert LOOKUP_SECONDS == 3
+        await accounts.admit(FIRST_KEY)
+    assert LOOKUP_SECONDS == 4
 
 
 async def test_a_key_not_found_is_looked_up_again(world: World) -> None:
     accounts = world.accounts()
     with pytest.raises(Unauthenticated):
-        await accounts.identity_token(FIRST_KEY)
+        await accounts.admit(FIRST_KEY)
 
     await world.accounts().ensure_first(FIRST_KEY)
 
-    assert world.identity(await accounts.identity_token(FIRST_KEY)).is_admin
+    assert (await world.identity(FIRST_KEY, accounts)).scopes == ALL
 
 
 async def test_a_token_is_used_again_until_30_seconds_are_left(world: World) -> None:
@@ -272,21 +313,147 @@ async def test_a_token_is_used_again_until_30_seconds_are_left(world: World) -> 
     issued = []
 
     class CountingIssuer(Issuer):
-        def issue(self, subject: str, *, is_admin: bool = False) -> str:
+        def issue(self, subject: str, scopes: Iterable[Scope] = (), key_id: str = "") -> str:
             issued.append(subject)
-            return super().issue(subject, is_admin=is_admin)
+            return super().issue(subject, scopes, key_id)
 
     issuer = CountingIssuer.load("account", world.keys)
     accounts = Accounts(AccountRepository(world.database), issuer, world.credit_book, lambda: world.now)
-    first = await accounts.identity_token(FIRST_KEY)
+    first = (await accounts.admit(FIRST_KEY)).token
     world.now += TOKEN_SECONDS - MIN_TOKEN_SECONDS - 2
-    assert await accounts.identity_token(FIRST_KEY) == first
+    assert (await accounts.admit(FIRST_KEY)).token == first
     assert len(issued) == 1
 
     world.now += 2
-    await accounts.identity_token(FIRST_KEY)
+    await accounts.admit(FIRST_KEY)
 
     assert len(issued) == 2
+
+
+async def member(world: World, *scopes: Scope) -> Identity:
+    """An account's identity, and in the account another key than the one that it calls with."""
+    made = await world.accounts().create(ADMIN, "team", None)
+    return Identity("account", made.account_id, frozenset(scopes), "tnry_caller")
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        (["read"], ("read",)),
+        (["write"], ("read", "write")),
+        (["write", "read", "write"], ("read", "write")),
+    ],
+)
+async def test_a_key_has_its_scopes_and_those_before_them(
+    world: World, asked: list[str], given: tuple[Scope, ...]
+) -> None:
+    caller = await member(world, "read", "write")
+
+    key, api_key = await world.accounts().create_key(caller, " ci ", asked, None)
+
+    assert (key.account_id, key.name, key.scopes, key.id) == (caller.subject, "ci", given, api_key[:11])
+    assert await world.identity(api_key) == Identity("account", caller.subject, frozenset(given), key.id)
+    listed = await world.accounts().list_keys(caller, None)
+    assert [(each.name, each.scopes) for each in listed] == [("first key", ("read", "write")), ("ci", given)]
+    assert listed[1] == key
+    assert all(api_key not in str(row) for row in await world.rows(api_keys))
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "field_name"),
+    [
+        ("", ["read"], "name"),
+        ("x" * 101, ["read"], "name"),
+        ("a\nb", ["read"], "name"),
+        ("x", [], "scopes"),
+        ("x", ["root"], "scopes"),
+        ("x", ["read", "Write"], "scopes"),
+    ],
+)
+async def test_create_key_refuses_what_is_out_of_range(
+    world: World, name: str, scopes: list[str], field_name: str
+) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        await world.accounts().create_key(ADMIN, name, scopes, None)
+
+    assert raised.value.details == {"field": field_name}
+
+
+async def test_no_key_gives_more_than_it_has(world: World) -> None:
+    caller = await member(world, "read", "write")
+    reader = replace(caller, scopes=frozenset({"read"}))
+    for who, scopes in ((caller, ["admin"]), (reader, ["write"]), (reader, ["read", "admin"])):
+        with pytest.raises(PermissionDenied, match="has no scope"):
+            await world.accounts().create_key(who, "x", scopes, None)
+    with pytest.raises(PermissionDenied, match="no admin's account"):
+        await world.accounts().create_key(ADMIN, "x", ["admin"], caller.subject)
+
+    assert len(await world.accounts().list_keys(caller, None)) == 1
+
+
+async def test_another_account_is_for_admins_to_name(world: World) -> None:
+    caller, other = await member(world, "read", "write"), await member(world, "read", "write")
+    accounts = world.accounts()
+    for account_id in (other.subject, "acct-of-nobody", ""):
+        for ask in (
+            accounts.list_keys(caller, account_id),
+            accounts.create_key(caller, "x", ["read"], account_id),
+            accounts.revoke_key(caller, "tnry_abcdef", account_id),
+        ):
+            with pytest.raises(PermissionDenied, match="another account"):
+                await ask
+    assert await accounts.list_keys(caller, caller.subject) == await accounts.list_keys(caller, None)
+
+    key, api_key = await accounts.create_key(ADMIN, "x", ["read"], other.subject)
+
+    assert (await world.identity(api_key)).subject == other.subject
+    assert key in await accounts.list_keys(ADMIN, other.subject)
+    for ask in (accounts.list_keys(ADMIN, "acct-of-nobody"), accounts.list_keys(ADMIN, "")):
+        with pytest.raises(NotFound):
+            await ask
+
+
+async def test_a_revoked_key_is_refused_at_once_and_its_id_is_free(world: World) -> None:
+    accounts, caller = world.accounts(), await member(world, "read", "write")
+    key, api_key = await accounts.create_key(caller, "x", ["read"], None)
+    await accounts.admit(api_key)
+
+    await accounts.revoke_key(caller, key.id, None)
+
+    with pytest.raises(Unauthenticated, match="taken back"):
+        await accounts.admit(api_key)
+    with pytest.raises(NotFound):
+        await accounts.revoke_key(caller, key.id, None)
+    assert key not in await accounts.list_keys(caller, None)
+
+
+async def test_no_account_locks_itself_out_but_an_admin_may(world: World) -> None:
+    accounts = world.accounts()
+    made = await accounts.create(ADMIN, "team", None)
+    own = await world.identity(made.api_key)
+    with pytest.raises(Conflict, match="makes the call"):
+        await accounts.revoke_key(own, own.key_id, None)
+    other = await member(world, "read", "write")
+    with pytest.raises(NotFound):
+        await accounts.revoke_key(other, own.key_id, None)
+
+    await accounts.revoke_key(ADMIN, own.key_id, own.subject)
+
+    assert await accounts.list_keys(ADMIN, own.subject) == []
+    _, api_key = await accounts.create_key(ADMIN, "again", ["write"], own.subject)
+    assert (await world.identity(api_key)).subject == own.subject
+
+
+async def test_an_account_has_100_keys_at_most(world: World) -> None:
+    caller = await member(world, "read", "write")
+    repository = AccountRepository(world.database)
+    for number in range(MAX_KEYS - 1):
+        await repository.add_key(
+            ApiKey(f"{number}", f"tnry_{number:06}", caller.subject, "x", ("read",), utc_now())
+        )
+
+    with pytest.raises(Conflict, match="has 100 API keys"):
+        await world.accounts().create_key(caller, "x", ["read"], None)
 
 
 async def test_create_account_through_the_gateway(gateway: Gateway, upstreams: Upstreams) -> None:
@@ -304,7 +471,7 @@ async def test_create_account_through_the_gateway(gateway: Gateway, upstreams: U
     await job_service_pb2_grpc.JobServiceStub(gateway.channel).ListJobs(
         job_service_pb2.ListJobsRequest(), metadata=own
     )
-    assert upstreams.last.identity == Identity("account", made.account_id, is_admin=False)
+    assert upstreams.last.identity == Identity("account", made.account_id, WRITE, made.api_key[:11])
 
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await stub.CreateAccount(account_service_pb2.CreateAccountRequest(name="x"), metadata=own)

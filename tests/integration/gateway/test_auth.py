@@ -139,7 +139,8 @@ async def test_services_get_an_identity_and_never_the_key(gateway: Gateway, upst
     (await gateway.client.get("/api/v1/fine-tuning/jobs")).raise_for_status()
 
     call = upstreams.last
-    assert (call.identity.kind, call.identity.is_admin) == ("account", True)
+    assert (call.identity.kind, call.identity.scopes) == ("account", frozenset({"read", "write", "admin"}))
+    assert call.identity.key_id == FIRST_KEY[:11]
     assert call.identity.subject.startswith("acct-")
     assert FIRST_KEY not in repr(call.metadata)
 

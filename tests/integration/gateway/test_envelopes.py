@@ -14,8 +14,15 @@ from google.protobuf import any_pb2, struct_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from svc_kit.errors import InsufficientCredits, InvalidRequest, NotFound, TuneryError, table
-from svc_kit.interceptors import MAX_MESSAGE_CHARS, to_status
+from svc_kit.errors import (
+    MAX_MESSAGE_CHARS,
+    InsufficientCredits,
+    InvalidRequest,
+    NotFound,
+    TuneryError,
+    table,
+    to_status,
+)
 from tests.integration.gateway.raw_http import exchange, request
 from tests.integration.gateway.stack import FIRST_KEY, Gateway
 from tests.integration.gateway.upstreams import Upstreams

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 import structlog
 
@@ -20,7 +18,7 @@ from gateway.authz.repository import AccountRepository
 from gateway.authz.server import make_authz_server
 from svc_kit.database import Database
 from svc_kit.identity import Issuer, Verifier, write_identity_keys
-from tests.integration.gateway.stack import FIRST_KEY, Gateway, run_gateway, run_server, wait_until
+from tests.integration.gateway.stack import FIRST_KEY, Gateway, run_gateway, run_server, stat, wait_until
 from tests.integration.gateway.upstreams import make_upstream
 from tunery.job.v1 import job_service_pb2, job_service_pb2_grpc
 
@@ -37,13 +35,6 @@ def free_address() -> str:
 
 def without_retries(configuration: str) -> str:
     return configuration.replace("num_retries: 5", "num_retries: 0")
-
-
-async def stat(gateway: Gateway, name: str) -> int:
-    transport = httpx.AsyncHTTPTransport(uds=str(gateway.folder / "envoy" / "admin.sock"))
-    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
-        text = (await client.get("/stats", params={"filter": f"^{re.escape(name)}$"})).text
-    return int(text.rpartition(" ")[2]) if text else 0
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

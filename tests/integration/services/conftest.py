@@ -85,7 +85,9 @@ class Services:
 
     def account(self, account_id: str | None = None) -> Metadata:
         """Returns a caller's metadata: an account's."""
-        token = Issuer.load("account", self.identity_dir).issue(account_id or new_id("acct"))
+        token = Issuer.load("account", self.identity_dir).issue(
+            account_id or new_id("acct"), ("read", "write")
+        )
         return (("authorization", f"Bearer {token}"),)
 
     def process(self, kind: str) -> Metadata:
@@ -111,6 +113,22 @@ class Services:
             hyperparameters=job_pb2.Hyperparameters(**settings),
         )
         return await self.jobs.CreateJob(request, metadata=account)
+
+    @contextmanager
+    def running(self, module: str, folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Runs one of the processes for the block's time; its database and its log are in the folder."""
+        listen = {"dataset_svc": self.dataset_address, "job_svc": self.job_address}.get(module, "127.0.0.1:0")
+        settings = {"TUNERY_DATABASE_URL": f"sqlite+aiosqlite:///{folder}/{module}.sqlite"}
+        settings |= self.environment | environment
+        log = folder / f"{module}.log"
+        log.unlink(missing_ok=True)  # of a process before this one
+        with running(module, listen, settings, log) as process:
+            yield process
+
+    async def close(self) -> None:
+        for channel in self.channels.values():
+            await channel.close()
+        self.channels.clear()
 
     async def lease(self, trainer_id: str, wait_seconds: float = 10) -> worker_pb2.Lease | None:
         request = worker_pb2.LeaseJobRequest(trainer_id=trainer_id, wait_seconds=wait_seconds)
@@ -171,19 +189,22 @@ def service_processes(
         identity_dir,
     )
 
-    def own(name: str) -> dict[str, str]:
-        return {"TUNERY_DATABASE_URL": f"sqlite+aiosqlite:///{folder}/{name}.sqlite", **environment}
-
-    with (
-        running("dataset_svc", services.dataset_address, own("dataset"), folder / "dataset_svc.log"),
-        running("job_svc", services.job_address, own("job"), folder / "job_svc.log"),
-    ):
+    with services.running("dataset_svc", folder), services.running("job_svc", folder):
         yield services
+
+
+def own_services(shared: Services, **environment: str) -> Services:
+    """Returns services with addresses, a bucket and some settings of their own; none of them runs yet."""
+    dataset_address, job_address = (f"127.0.0.1:{port}" for port in free_ports(2))
+    own = {
+        "TUNERY_DATASET_SVC_ADDRESS": dataset_address,
+        "TUNERY_JOB_SVC_ADDRESS": job_address,
+        "TUNERY_S3_BUCKET": new_id("own"),
+    }
+    return Services(shared.environment | own | environment, dataset_address, job_address, shared.identity_dir)
 
 
 @pytest.fixture
 async def services(service_processes: Services) -> AsyncIterator[Services]:
     yield service_processes
-    for channel in service_processes.channels.values():
-        await channel.close()
-    service_processes.channels.clear()
+    await service_processes.close()

@@ -135,7 +135,7 @@ def test_what_no_backup_is_made_of_and_none_is_restored_to(stack: Up, tmp_path: 
 def test_help_is_complete():
     result = run_tunery("--help")
     assert result.code == 0
-    for name in ("up", "datasets", "jobs", "models", "accounts"):
+    for name in ("up", "datasets", "jobs", "models", "accounts", "keys"):
         assert name in result.out
 
 
@@ -155,6 +155,7 @@ def test_help_waits_for_no_large_library():
         ("jobs", "create", "x", "--epochs", "2.5"),
         ("datasets", "upload"),
         ("accounts", "create", "x", "--credits", "much"),
+        ("keys", "create", "x", "--scope", "root"),
         ("models", "list", "--nonsense"),
     ],
 )
@@ -301,6 +302,26 @@ def test_account_gets_a_key_of_its_own(stack):
     assert_fails(run_tunery("accounts", "create", "more", **own), REFUSED, "forbidden")
     databases = b"".join(path.read_bytes() for path in stack.data_dir.glob("db/*"))
     assert key.encode() not in databases
+
+
+def test_keys_are_made_listed_and_taken_back(stack, rows_csv):
+    made = stack.tunery("keys", "create", "a reader", "--scope", "read")
+    assert made.code == 0, made
+    [key] = made.out.splitlines()
+    own = {"TUNERY_URL": stack.url, "TUNERY_API_KEY": key}
+    assert run_tunery("jobs", "list", **own).code == 0
+    assert_fails(run_tunery("datasets", "upload", str(rows_csv), **own), REFUSED, "`write`", "forbidden")
+    listed = stack.tunery("keys", "list", "--json").json["data"]
+    assert {"id": key[:11], "name": "a reader", "scopes": ["read"]}.items() <= listed[-1].items()
+    assert key[:11] in stack.tunery("keys", "list").out
+
+    assert stack.tunery("keys", "revoke", key, "--json").json == {"id": key[:11], "revoked": True}
+
+    wait_for(lambda: run_tunery("jobs", "list", **own).code == REFUSED, "the key to be refused")
+    assert_fails(stack.tunery("keys", "revoke", key), NOT_FOUND, "not_found")
+    first = stack.credentials["api_key"]
+    assert_fails(stack.tunery("keys", "revoke", first), REFUSED, "conflict")
+    assert_fails(stack.tunery("keys", "list", "--account", "acct-x"), NOT_FOUND, "account")
 
 
 def test_account_with_wrong_arguments(stack):

@@ -185,7 +185,7 @@ class Stack:
     def start(self, model: str = TINY, *, account: str = "acct-a", **fields: Any) -> Any:
         """Begins a call."""
         body = {"model": model, "messages": [{"role": "user", "content": "What is blue?"}], **fields}
-        token = Issuer.load("account", self.identity_dir).issue(account)
+        token = Issuer.load("account", self.identity_dir).issue(account, ("read", "write"))
         return self.call(json.dumps(body).encode(), token)
 
     async def ask(self, model: str = TINY, **fields: Any) -> chat_service_pb2.ChatCompletion:

@@ -39,7 +39,9 @@ def test_process_serves_and_stops(tmp_path: Path, models_dir: Path) -> None:
         "TUNERY_S3_SECRET_KEY": "b",
     }
     body = {"model": "tunery-tiny", "messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 3}
-    metadata = (("authorization", f"Bearer {Issuer.load('account', identity_dir).issue('acct')}"),)
+    metadata = (
+        ("authorization", f"Bearer {Issuer.load('account', identity_dir).issue('acct', ('read', 'write'))}"),
+    )
     with (
         subprocess.Popen([sys.executable, "-P", "-m", "inference_svc"], env=environment) as process,
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from svc_kit import identity
 from svc_kit.errors import Unauthenticated
-from svc_kit.identity import Issuer, Verifier, write_identity_keys
+from svc_kit.identity import Identity, Issuer, Verifier, write_identity_keys
 
 
 @pytest.fixture
@@ -22,14 +22,21 @@ def identity_dir(tmp_path: Path) -> Path:
 
 def claims(**changes: object) -> dict[str, object]:
     now = int(time.time())
-    fine = {"iss": "account", "aud": "tunery", "sub": "acct-x", "iat": now, "exp": now + 60, "admin": True}
+    fine = {"iss": "account", "aud": "tunery", "sub": "acct-x", "iat": now, "exp": now + 60}
     return {name: value for name, value in {**fine, **changes}.items() if value is not None}
 
 
 def test_a_token_names_its_account(identity_dir: Path) -> None:
-    token = Issuer.load("account", identity_dir).issue("acct-x", is_admin=True)
+    token = Issuer.load("account", identity_dir).issue("acct-x", ("read", "write"), "tnry_abcdef")
     found = Verifier(identity_dir).verify(token)
-    assert (found.kind, found.subject, found.is_admin) == ("account", "acct-x", True)
+    assert found == Identity("account", "acct-x", frozenset({"read", "write"}), "tnry_abcdef")
+
+
+@pytest.mark.parametrize("scope", [None, "", "root", "READ", "read,write", ["write"], 7, True])
+def test_a_token_without_a_scope_that_is_known_has_none(identity_dir: Path, scope: object) -> None:
+    key = Issuer.load("account", identity_dir)._private_key
+    token = jwt.encode(claims(scope=scope), key, algorithm="EdDSA", headers={"kid": "account"})
+    assert Verifier(identity_dir).verify(token).scopes == frozenset()
 
 
 def test_keys_are_made_once_and_private(identity_dir: Path) -> None:
