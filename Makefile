@@ -53,6 +53,8 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python bench/upload_throughput.py
 	$(BIN)/python bench/job_times.py
+	$(BIN)/python bench/follow_log.py
+	$(BIN)/python bench/many_jobs.py
 	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
 	$(BIN)/python bench/train_throughput.py --peer trl --method full
 

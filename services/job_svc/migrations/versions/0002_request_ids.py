@@ -1,4 +1,4 @@
-"""A job keeps the id of the request that made it."""
+"""A job keeps the id of the request that made it; those to sweep are found at once."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,3 +9,4 @@ down_revision = "0001"
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("request_id", sa.String(length=128), nullable=True))
+    op.create_index("jobs_by_sweep", "jobs", ["swept", "status"])
