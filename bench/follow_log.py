@@ -36,6 +36,8 @@ from tunery.trainer.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 RESULT = Path(__file__).parent / "results" / "follow_log.json"
 PARTS = ("s3", "authz", "dataset_svc", "job_svc", "gateway")  # this program is the trainer
+# One account has all followers here.
+LIMITS = {"TUNERY_MAX_OPEN_TAILS": "100000", "TUNERY_GATEWAY_REQUEST_BURST": "100000"}
 LINE = re.compile(rb"line (\d+) sent at (\d+)\.")
 CHUNK = re.compile(rb"([0-9a-f]+)\r\n")
 
@@ -100,7 +102,7 @@ async def measure(num_followers: int, lines_per_second: int, seconds: int) -> di
         folder = Path(temporary) / "data"
         folder.mkdir()
         async with (
-            running_parts(folder, os.environ, PARTS) as stack,
+            running_parts(folder, {**os.environ, **LIMITS}, PARTS) as stack,
             connect(stack.grpc_addresses["job_svc"]) as channel,
         ):
             worker, issuer = WorkerServiceStub(channel), Issuer.load("trainer", folder / "identity")

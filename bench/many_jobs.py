@@ -174,7 +174,7 @@ async def page(jobs: JobServiceStub, account: Issuer, num_jobs: int, *, first: b
     """Lists a page of an account's jobs; returns the call's seconds."""
     whose = account_id(random.randrange(ACCOUNTS))
     offset = 0 if first else random.randrange(num_jobs // ACCOUNTS)
-    metadata = (("authorization", f"Bearer {account.issue(whose)}"),)
+    metadata = (("authorization", f"Bearer {account.issue(whose, ('read',))}"),)
     request = job_service_pb2.ListJobsRequest(limit=20, offset=offset)
     started = time.perf_counter()
     listed = await jobs.ListJobs(request, metadata=metadata)

@@ -37,13 +37,20 @@ def connected(url: str) -> Iterator[sa.Connection]:
     engine.dispose()
 
 
+def is_compared(item: Any, *_: Any) -> bool:
+    """Leaves out indexes over expressions, which can't be read back from SQLite."""
+    return not isinstance(item, sa.Index) or all(isinstance(each, sa.Column) for each in item.expressions)
+
+
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_newest_version_is_what_the_service_thinks_it_is(package: Any, url: str) -> None:
     migrations = Path(next(iter(package.__path__))) / "migrations"
     migrate(url, migrations, package.tables.metadata)
     with connected(url) as connection:
         context = alembic.runtime.migration.MigrationContext.configure(
-            connection, opts={"version_table": f"{migrations.parent.name}_version"}
+            connection,
+            opts={"version_table": f"{migrations.parent.name}_version", "include_object": is_compared},
         )
         assert alembic.autogenerate.compare_metadata(context, package.tables.metadata) == []
 

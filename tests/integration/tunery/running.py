@@ -28,7 +28,14 @@ from tunery.supervisor import MARK_VARIABLE
 COMMAND = (sys.executable, "-P", "-m", "tunery.cli")
 READY_SECONDS = 60
 WAIT_SECONDS = 60
-ROWS = "question,answer\n" + "".join(f"What is {n} plus one?,It is {n + 1}.\n" for n in range(16))
+
+
+def many_rows(number: int) -> str:
+    """A CSV file of so many questions and answers."""
+    return "question,answer\n" + "".join(f"What is {n} plus one?,It is {n + 1}.\n" for n in range(number))
+
+
+ROWS = many_rows(16)
 
 
 def clean_environment(**variables: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from tests.integration.tunery.running import (
     Ups,
     clean_environment,
     free_port,
+    many_rows,
     run_in_terminal,
     run_tunery,
     wait_for,
@@ -83,7 +84,8 @@ def files_of(archive: httpx.Response) -> dict[str, bytes]:
 def test_a_running_stack_is_backed_up_and_restored(
     stack: Up, ups: Ups, trained: dict[str, Any], rows_csv: Path, tmp_path: Path
 ) -> None:
-    create = ("jobs", "create", str(rows_csv), "--model", "tunery-tiny", "--epochs", "25", "--json")
+    rows_csv.write_text(many_rows(160))
+    create = ("jobs", "create", str(rows_csv), "--model", "tunery-tiny", "--epochs", "12", "--json")
     running = stack.tunery(*create).json["id"]
     wait_for(lambda: epochs_completed(stack, running), "the first checkpoint")
     backup, folder = tmp_path / "backup", tmp_path / "restored"
@@ -108,7 +110,7 @@ def test_a_running_stack_is_backed_up_and_restored(
     assert "the trainer was lost; job queued again" in messages
     details = up.tunery("jobs", "show", running, "--json").json
     assert (details["job"]["status"], details["attempts"]) == ("completed", 2)
-    assert details["job"]["training_metrics"]["epochs_completed"] == 25
+    assert details["job"]["training_metrics"]["epochs_completed"] == 12
     assert up.stop() == 0
 
     # A stack that doesn't run is backed up as well.
