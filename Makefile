@@ -47,6 +47,7 @@ protos: $(INSTALLED) ## Make the Python code from protos/ anew.
 bench: setup ## Measure, and keep the figures in bench/results/.
 	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python bench/upload_throughput.py
+	$(BIN)/python bench/gateway_rate.py
 	$(BIN)/python bench/job_times.py
 	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
 	$(BIN)/python bench/train_throughput.py --peer trl --method full
