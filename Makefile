@@ -52,6 +52,7 @@ protos: $(INSTALLED) ## Make the Python code from protos/ anew.
 bench: setup ## Measure, and keep the figures in bench/results/.
 	$(PIP) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python bench/upload_throughput.py
+	$(BIN)/python bench/gateway_rate.py
 	$(BIN)/python bench/job_times.py
 	$(BIN)/python bench/follow_log.py
 	$(BIN)/python bench/many_jobs.py

@@ -199,7 +199,8 @@ class Accounts:
 
         Raises:
             Conflict: it is the calling key.
-            PermissionDenied: the account is another's and the calling key has no scope `admin`.
+            PermissionDenied: it has a scope that the calling key lacks, or the account is another's and the
+                calling key has no scope `admin`.
             NotFound: there is no such account, or it has no such key.
         """
         account = await self._account(caller, account_id)
@@ -207,17 +208,25 @@ class Accounts:
             raise Conflict(
                 "This is the API key that makes the call. Make another, and take this one back with that."
             )
-        removed = await self._repository.remove_key(account.id, key_id)
-        if removed is None:
+        key = next((key for key in await self._repository.list_keys(account.id) if key.id == key_id), None)
+        if key is None:
             raise NotFound("There is no such API key.")
-        self._found.pop(removed, None)
+        if key.scopes[-1] not in caller.scopes:
+            raise PermissionDenied(
+                f"The calling API key has no scope `{key.scopes[-1]}`, which the other has.",
+                scope=key.scopes[-1],
+            )
+        await self._repository.remove_key(key)
+        self._found.pop(key.key_hash, None)
 
     async def _account(self, caller: Identity, account_id: str | None) -> Account:
         if account_id not in (None, caller.subject) and "admin" not in caller.scopes:
             raise PermissionDenied(
                 "Only an API key with the scope `admin` may name another account.", scope="admin"
             )
-        account = await self._repository.find_account(caller.subject if account_id is None else account_id)
+        wanted = caller.subject if account_id is None else account_id
+        # PostgreSQL takes no NUL.
+        account = await self._repository.find_account(wanted) if "\0" not in wanted else None
         if account is None:
             raise NotFound("There is no such account.")
         return account

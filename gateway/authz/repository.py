@@ -81,16 +81,10 @@ class AccountRepository:
         async with self._database.write() as connection:
             await _insert_key(connection, key)
 
-    async def remove_key(self, account_id: str, key_id: str) -> str | None:
-        """Removes a key; returns its hash, or None where the account has no such key."""
-        query = (
-            sa.delete(api_keys)
-            .where(api_keys.c.account_id == account_id, api_keys.c.prefix == key_id)
-            .returning(api_keys.c.key_hash)
-        )
+    async def remove_key(self, key: ApiKey) -> None:
+        """Removes a key. Idempotent."""
         async with self._database.write() as connection:
-            removed: str | None = (await connection.execute(query)).scalar_one_or_none()
-        return removed
+            await connection.execute(sa.delete(api_keys).where(api_keys.c.key_hash == key.key_hash))
 
 
 def _api_key(row: sa.Row[Any]) -> ApiKey:

@@ -12,7 +12,9 @@ import torch
 
 from inference_svc.model_host import _load_adapter, _load_base
 from svc_kit.catalog import load_catalog
-from trainer_svc.base_models import PullError, pull
+from trainer_svc.base_models import pull
+from trainer_svc.engine.base_model import load_base_model
+from trainer_svc.engine.errors import JobFault
 
 CPU = torch.device("cpu")
 
@@ -48,12 +50,11 @@ def test_the_bomb_is_one(marker: Path) -> None:
     assert marker.exists()
 
 
-def test_base_models(base_model: Path, marker: Path, tmp_path: Path) -> None:
+def test_base_models(base_model: Path, marker: Path) -> None:
     with pytest.raises(OSError, match="safetensors"):
         _load_base(base_model, CPU)
-    entry = load_catalog().get("tunery-tiny").model_copy(update={"source": f"folder:{base_model}"})
-    with pytest.raises(PullError, match="safetensors"):
-        pull(entry, tmp_path / "unused")
+    with pytest.raises(JobFault, match="safetensors"):
+        load_base_model(base_model, torch.float32, CPU)
 
     assert not marker.exists()
 

@@ -444,6 +444,31 @@ async def test_no_account_locks_itself_out_but_an_admin_may(world: World) -> Non
     assert (await world.identity(api_key)).subject == own.subject
 
 
+async def test_no_key_takes_back_one_with_more_scopes(world: World) -> None:
+    accounts = world.accounts()
+    await accounts.ensure_first(FIRST_KEY)
+    first = await world.identity(FIRST_KEY)
+    _, api_key = await accounts.create_key(first, "ci", ["write"], None)
+    ci = await world.identity(api_key)
+
+    with pytest.raises(PermissionDenied, match="no scope `admin`"):
+        await accounts.revoke_key(ci, first.key_id, None)
+
+    _, api_key = await accounts.create_key(first, "reader", ["read"], None)
+    await accounts.revoke_key(ci, api_key[:11], None)
+    await accounts.revoke_key(first, ci.key_id, None)
+    assert [key.id for key in await accounts.list_keys(first, None)] == [first.key_id]
+
+
+@pytest.mark.parametrize("odd", ["", "\0", "é" * 400, "' OR 1=1 --", "%", "tnry_______"])
+async def test_odd_ids_name_nothing(world: World, odd: str) -> None:
+    accounts, caller = world.accounts(), await member(world, "read", "write")
+    with pytest.raises(NotFound):
+        await accounts.revoke_key(caller, odd, None)
+    with pytest.raises(NotFound):
+        await accounts.list_keys(ADMIN, odd)
+
+
 async def test_an_account_has_100_keys_at_most(world: World) -> None:
     caller = await member(world, "read", "write")
     repository = AccountRepository(world.database)
