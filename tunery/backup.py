@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -212,8 +211,8 @@ def _store_of(data_dir: Path, environment: Mapping[str, str]) -> Iterator[Object
 
 
 def _copy_databases(target: Path, data_dir: Path, environment: Mapping[str, str]) -> None:
-    if url := environment.get("TUNERY_DATABASE_URL", ""):
-        _run_postgres("pg_dump", url, "--format=custom", f"--file={target / _DUMP}")
+    if environment.get("TUNERY_DATABASE_URL"):
+        _run_postgres("pg_dump", environment, "--format=custom", f"--file={target / _DUMP}")
         return
     (target / "db").mkdir(exist_ok=True, mode=0o700)
     for name in _DATABASES:
@@ -241,17 +240,17 @@ def _restore_databases(source: Path, data_dir: Path, environment: Mapping[str, s
         [(num_tables,)] = connection.execute(query).fetchall()
     if num_tables:
         raise SetUpError("the database of TUNERY_DATABASE_URL has tables; restore into an empty one")
-    _run_postgres("pg_restore", url, "--single-transaction", "--no-owner", str(source / _DUMP))
+    _run_postgres("pg_restore", environment, "--single-transaction", "--no-owner", str(source / _DUMP))
 
 
-def _run_postgres(program: str, url: str, *arguments: str) -> None:
-    if (path := shutil.which(program)) is None:
+def _run_postgres(program: str, environment: Mapping[str, str], *arguments: str) -> None:
+    if (path := shutil.which(program, path=environment.get("PATH"))) is None:
         raise SetUpError(f"{program} isn't on the PATH; install PostgreSQL's client programs")
-    parameters = conninfo_to_dict(url.replace("+psycopg", ""))
+    parameters = conninfo_to_dict(environment["TUNERY_DATABASE_URL"].replace("+psycopg", ""))
     password = {"PGPASSWORD": str(parameters.pop("password"))} if "password" in parameters else {}
     done = subprocess.run(
         [path, f"--dbname={make_conninfo('', **parameters)}", *arguments],
-        env={**os.environ, **password},  # not on the command line, which others can see
+        env={**environment, **password},  # not on the command line, which others can see
         capture_output=True,
         text=True,
         check=False,
