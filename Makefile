@@ -59,6 +59,11 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
 	$(BIN)/python bench/train_throughput.py --peer trl --method full
 
+# Some cells need root, for disks of their own; without it they are left out.
+chaos: setup ## Break every part of a stack at every moment; keep what came of it in docs/reliability.md.
+	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos --schedules 100
+
 clean: ## Remove what the other targets made, base models aside.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -76,4 +81,4 @@ $(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTO
 	$(PIP) --no-build-isolation --editable '.[dev,wandb]'
 	@touch $@
 
-.PHONY: help setup demo test nightly check breaking protos bench clean
+.PHONY: help setup demo test nightly check breaking protos bench chaos clean

@@ -3,9 +3,10 @@
     .venv/bin/python bench/mixed_use.py [--minutes 10] [--json]
 
 The claim: what an hour of use by a team does, done in minutes without a pause between calls, leaves the
-memory of every service flat: from the end of the first third, when caches are full, to the end, none grows by
-over 5 % and 10 MB. Everything is used: uploads (some broken), lists, reports, jobs through both contracts from
-their making to the model, followed logs (some let go of halfway), cancelled jobs, chats, downloads, deletions.
+memory of every service flat: from the end of the first third, when caches are full, to the end, none grows
+by over 5 % and 10 MB. Everything is used: uploads (some broken), lists, reports, jobs through both contracts
+from their making to the model, followed logs (some let go of halfway), cancelled jobs, chats, downloads,
+deletions.
 
 Prints a table, and writes `bench/results/mixed_use.json` with the commit and the hardware.
 """

@@ -250,6 +250,7 @@ class Datasets:
             if row.status == "deleted":
                 await self._store.delete_prefix(reports_prefix(row.object_key))
             await self._store.delete(row.object_key)
+            await self._store.abort_uploads(row.object_key)
         except Exception as error:
             # The caller's work is done; the sweep tries again what the store can't do now.
             log.warning("objects are left to the sweep", key=row.object_key, cause=str(error))

@@ -87,5 +87,6 @@ class Sweeper:
         kept += [key for key in (job.error_report_key, job.wandb_prefix) if key]
         stored = await self._store.list(job_prefix(job.account_id, job.id))
         await self._store.delete_all(item.key for item in stored if not item.key.startswith(tuple(kept)))
+        await self._store.abort_uploads(job_prefix(job.account_id, job.id))
         async with self._database.write() as connection:
             await connection.execute(jobs.update().where(jobs.c.id == job.id).values(swept=True))

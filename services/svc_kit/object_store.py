@@ -228,3 +228,17 @@ class ObjectStore:
                 raise MinioException(f"{error.name} can't be removed: {error.message}")
 
         await asyncio.to_thread(remove)
+
+    async def abort_uploads(self, prefix: str) -> None:
+        """Removes the parts of uploads under a prefix that broke off, up to a thousand of them.
+
+        A process that is killed while it stores a large object leaves them, and `list` doesn't show them.
+        """
+
+        def abort() -> None:
+            # The SDK's own calls for this aren't public.
+            for upload in self._client._list_multipart_uploads(self.bucket, prefix=prefix).uploads:
+                assert upload.upload_id, "an upload under way has an id"
+                self._client._abort_multipart_upload(self.bucket, upload.object_name, upload.upload_id)
+
+        await asyncio.to_thread(abort)

@@ -6,7 +6,6 @@ both cases, so what a launcher reads is the `failed` event.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from svc_kit.parent_death import die_with_parent
+from svc_kit.parent_death import die_with_command
 from trainer_svc.engine.device import make_deterministic
 from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog
@@ -29,7 +28,7 @@ _FIRST_RANK_REPORTS_SECONDS = 10
 
 def main(arguments: list[str]) -> int:
     """Runs the specification that the one argument names. Returns the exit code."""
-    die_with_parent(os.getppid())  # no run outlives its launcher
+    die_with_command()  # no run outlives its launcher
     # At once: a cancelled job's work is thrown away, and checkpoints appear whole or not at all.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if len(arguments) != 1:
