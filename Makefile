@@ -21,8 +21,9 @@ setup: $(INSTALLED) ## Make .venv, install everything pinned, fetch the base mod
 demo: setup ## Fine-tune a small model on a sample, and show what it has learnt.
 	$(BIN)/tunery demo
 
+# In two processes: much of the time goes into waiting for others to start.
 test: setup check ## Run every check and every test.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Everything once more, on PostgreSQL, with ten times the made-up cases; then process after process is killed.
 nightly: setup ## The tests on PostgreSQL with far more cases, and chaos. An hour or more.
@@ -56,6 +57,7 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 	$(BIN)/python bench/job_times.py
 	$(BIN)/python bench/follow_log.py
 	$(BIN)/python bench/many_jobs.py
+	$(BIN)/python bench/mixed_use.py
 	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
 	$(BIN)/python bench/train_throughput.py --peer trl --method full
 
