@@ -41,6 +41,8 @@ def cluster(
         tmp_path_factory.mktemp("cluster") / "data",
         options=("--replicas", REPLICAS),
         TUNERY_DATABASE_URL=new_postgres_database(postgres_url),
+        TUNERY_GATEWAY_REQUESTS_PER_SECOND="100000",  # the reader's come without a pause
+        TUNERY_GATEWAY_REQUEST_BURST="100000",
         **variables(authority.issue("stack")),
     )
 
