@@ -98,41 +98,49 @@ class LeaseQueue:
         return row
 
     async def _take(self, trainer_id: str) -> sa.Row[Any] | None:
-        while (account_id := await self._next_account()) is not None:
-            if (row := await self._take_from(account_id, trainer_id)) is not None:
-                return row
-        return None
+        if self._database.is_sqlite and not await self._is_any_queued():
+            return None  # the usual case, without taking the write lock
+        while True:
+            async with self._database.write() as connection:
+                account_id = await connection.scalar(_whose_turn(self._max_running_jobs))
+                if account_id is None:
+                    return None
+                if (row := await self._take_from(connection, account_id, trainer_id)) is not None:
+                    return row
 
-    async def _next_account(self) -> str | None:
+    async def _is_any_queued(self) -> bool:
+        query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED).limit(1)
         async with self._database.read() as connection:
-            return await connection.scalar(_whose_turn(self._max_running_jobs))
+            return (await connection.execute(query)).first() is not None
 
-    async def _take_from(self, account_id: str, trainer_id: str) -> sa.Row[Any] | None:
+    async def _take_from(
+        self, connection: AsyncConnection, account_id: str, trainer_id: str
+    ) -> sa.Row[Any] | None:
         next_job = (
             sa.select(jobs.c.id, jobs.c.attempts)
             .where(jobs.c.status == JobStatus.QUEUED, jobs.c.account_id == account_id)
             .order_by(jobs.c.priority.desc(), jobs.c.number)
             .limit(1)
+            .with_for_update(skip_locked=True)
         )
-        async with self._database.write() as connection:
-            found = (await connection.execute(next_job.with_for_update(skip_locked=True))).one_or_none()
-            if found is None:
-                return None
-            await self._note_turn(connection, account_id)
-            attempt = found.attempts + 1
-            line = f"training starts on {trainer_id}" + (f", attempt {attempt}" if attempt > 1 else "")
-            return await move(
-                connection,
-                found.id,
-                [JobStatus.QUEUED],
-                JobStatus.RUNNING,
-                line,
-                leased_by=trainer_id,
-                lease_token=new_id("lease"),
-                lease_expires_at=self._expiry(),
-                attempts=attempt,
-                started_at=utc_now(),
-            )
+        found = (await connection.execute(next_job)).one_or_none()
+        if found is None:
+            return None  # others take its last ones just now
+        await self._note_turn(connection, account_id)
+        attempt = found.attempts + 1
+        line = f"training starts on {trainer_id}" + (f", attempt {attempt}" if attempt > 1 else "")
+        return await move(
+            connection,
+            found.id,
+            [JobStatus.QUEUED],
+            JobStatus.RUNNING,
+            line,
+            leased_by=trainer_id,
+            lease_token=new_id("lease"),
+            lease_expires_at=self._expiry(),
+            attempts=attempt,
+            started_at=utc_now(),
+        )
 
     async def _note_turn(self, connection: AsyncConnection, account_id: str) -> None:
         insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
@@ -457,7 +465,7 @@ class LeaseQueue:
                 log.warning("lapsed leases can't be looked for", cause=str(error))
 
 
-def _whose_turn(max_running_jobs: int | None) -> sa.Select[tuple[str]]:
+def _whose_turn(max_running_jobs: int | None) -> sa.Select[Any]:
     """The account that a job is to be taken from; no row where nothing waits.
 
     Jumps through the index from one account to the next: it takes as long with ten thousand queued jobs as

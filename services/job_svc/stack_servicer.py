@@ -50,7 +50,7 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
             training_key=job.training_key,
             validation_key=job.validation_key,
             attempt_prefix=attempt_prefix(job),
-            resume_prefix=await self._queue.last_checkpoint(job.id),
+            resume_prefix=await self._queue.last_checkpoint(job.id) if job.attempts > 1 else None,
             needs_probe=job.estimate is None,
             request_id=job.request_id,
         )
