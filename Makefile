@@ -21,8 +21,14 @@ setup: $(INSTALLED) ## Make .venv, install everything pinned, fetch the base mod
 demo: setup ## Fine-tune a small model on a sample, and show what it has learnt.
 	$(BIN)/tunery demo
 
+# In two processes: much of the time goes into waiting for others to start.
 test: setup check ## Run every check and every test.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Everything once more, on PostgreSQL, with ten times the made-up cases; then process after process is killed.
+nightly: setup ## The tests on PostgreSQL with far more cases, and chaos. An hour or more.
+	TUNERY_TEST_DATABASE=postgresql TUNERY_TEST_CASES=20000 $(BIN)/python -m pytest --timeout 7200
+	$(MAKE) --no-print-directory chaos
 
 check: $(INSTALLED) ## Lint, types, and the protos' rules.
 	$(BIN)/ruff check
@@ -49,8 +55,16 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 	$(BIN)/python bench/upload_throughput.py
 	$(BIN)/python bench/gateway_rate.py
 	$(BIN)/python bench/job_times.py
+	$(BIN)/python bench/follow_log.py
+	$(BIN)/python bench/many_jobs.py
+	$(BIN)/python bench/mixed_use.py
 	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
 	$(BIN)/python bench/train_throughput.py --peer trl --method full
+
+# Some cells need root, for disks of their own; without it they are left out.
+chaos: setup ## Break every part of a stack at every moment; keep what came of it in docs/reliability.md.
+	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos --schedules 100
 
 clean: ## Remove what the other targets made, base models aside.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -69,4 +83,4 @@ $(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTO
 	$(PIP) --no-build-isolation --editable '.[dev,wandb]'
 	@touch $@
 
-.PHONY: help setup demo test check breaking protos bench clean
+.PHONY: help setup demo test nightly check breaking protos bench chaos clean

@@ -67,7 +67,7 @@ def run_job(client: httpx.Client, dataset_id: str, job: dict[str, Any]) -> dict[
 
 
 def checkpoint_waits(method: dict[str, Any]) -> dict[str, float]:
-    """Runs the engine alone with a checkpoint after every second step; returns how long steps wait."""
+    """Runs the engine alone with a checkpoint after every fourth step; returns how long steps wait."""
     from trainer_svc.engine.run_spec import RunSpec
     from trainer_svc.engine.train import fine_tune
     from tunery.models_dir import models_dir
@@ -81,18 +81,26 @@ def checkpoint_waits(method: dict[str, Any]) -> dict[str, float]:
                 "training_file": ROWS.with_suffix(".jsonl"),
                 "output_dir": Path(folder) / "run",
                 "method": method,
-                "epochs": 3,
-                "extras": {"checkpoint_every_steps": 2, "keep_checkpoints": 1},
+                "epochs": 5,
+                "extras": {"checkpoint_every_steps": 4, "keep_checkpoints": 1},
             }
         )
         fine_tune(spec, on_event=events.append)
     waited = [event["waited_seconds"] for event in events if event["kind"] == "checkpoint"]
     steps = [event for event in events if event["kind"] == "step"]
+    seconds = {
+        later["step"]: seconds_between(earlier["time"], later["time"])
+        for earlier, later in itertools.pairwise(steps)
+    }
+    # A checkpoint is copied and written beside the step that follows it.
+    checkpoint_steps = {event["step"] for event in events if event["kind"] == "checkpoint"}
+    beside = [taken for step, taken in seconds.items() if step - 1 in checkpoint_steps]
     step_seconds = statistics.median(
-        seconds_between(earlier["time"], later["time"]) for earlier, later in itertools.pairwise(steps)
+        taken for step, taken in seconds.items() if step - 1 not in checkpoint_steps
     )
     return {
         "step_seconds": round(step_seconds, 2),
+        "step_beside_a_checkpoint_seconds": round(statistics.median(beside), 2),
         "waited_seconds": round(statistics.median(waited), 3),
         "waited_share_of_a_step": round(statistics.median(waited) / step_seconds, 4),
     }

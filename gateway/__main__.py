@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gateway.binary import envoy_command
 from gateway.render import GatewaySettings, render
-from svc_kit.settings import read_environment
+from svc_kit.settings import TlsSettings, read_environment
 
 _DESCRIPTORS = Path(__file__).parent.parent / "tunery" / "descriptors.pb"
 
@@ -32,7 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gateway", description=main.__doc__)
     parser.add_argument("--print", action="store_true", help="print Envoy's configuration and end")
     arguments = parser.parse_args()
-    configuration = render(read_environment(GatewayEnvironment))
+    settings, services_tls = read_environment(GatewayEnvironment), read_environment(TlsSettings).tls
+    configuration = render(settings, services_tls)
     if arguments.print:
         print(configuration)
         return

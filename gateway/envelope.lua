@@ -181,7 +181,9 @@ function envoy_on_request(handle)
   local own = headers:get("x-tunery-client-request-id")
   if own then
     headers:remove("x-tunery-client-request-id")
-    if #own <= 128 and own:match("^[%w%._%-]+$") then headers:replace("x-request-id", own) end
+    -- An API key in its place by mistake must not get into logs.
+    local is_id = #own <= 128 and own:match("^[%w%._%-]+$") and not own:find("tnry_", 1, true)
+    if is_id then headers:replace("x-request-id", own) end
   end
 end
 

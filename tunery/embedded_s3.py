@@ -18,6 +18,7 @@ from tunery.ports import free_ports
 BINARY_VARIABLE = "TUNERY_WEED_BINARY"
 # SeaweedFS's parts reach each other's gRPC port at the HTTP port and this, whatever is configured.
 _GRPC_PORT_OFFSET = 10_000
+_ENDPOINT_FILE = "endpoint"
 _PARTS = ("s3", "master", "volume", "filer", "admin")
 
 
@@ -57,6 +58,7 @@ class EmbeddedS3:
         users = self.folder / "users.json"
         write_private(users, json.dumps(_users(self.keys)))
         write_private(self.folder / "security.toml", _security())
+        write_private(self.folder / _ENDPOINT_FILE, self.endpoint)
         _forget_former_ports(data)
         self.command = (
             str(binary),
@@ -81,6 +83,16 @@ class EmbeddedS3:
             for number in (port, port + _GRPC_PORT_OFFSET):
                 for socket_path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # noqa: S108  # fixed in SeaweedFS
                     socket_path.unlink(missing_ok=True)
+
+
+def find_running(folder: Path) -> tuple[str, S3Keys]:
+    """Returns the endpoint and the keys of the server that runs over a folder.
+
+    Raises:
+        OSError: none ever ran there.
+    """
+    endpoint = (folder / "settings" / _ENDPOINT_FILE).read_text(encoding="utf-8")
+    return endpoint, _load_keys(folder / "keys.json")
 
 
 def find_binary() -> Path | None:

@@ -9,6 +9,7 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from svc_kit.tls import Tls
 from tunery.stack import Stack
 
 Probe = Callable[[], Awaitable[bool]]
@@ -24,7 +25,9 @@ class Probes:
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
         self._http = httpx.AsyncClient(timeout=_ANSWER_SECONDS, trust_env=False)
-        self._channels = {name: _channel(address) for name, address in stack.grpc_addresses.items()}
+        self._channels = {
+            name: _channel(address, stack.tls) for name, address in stack.grpc_addresses.items()
+        }
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -81,11 +84,13 @@ async def wait_until_well(probe: Probe) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-def _channel(address: str) -> grpc.aio.Channel:
+def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
     options = (
         ("grpc.initial_reconnect_backoff_ms", 50),
         ("grpc.min_reconnect_backoff_ms", 50),
         ("grpc.max_reconnect_backoff_ms", 200),
         ("grpc.enable_http_proxy", 0),
     )
-    return grpc.aio.insecure_channel(address, options)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import signal
 import subprocess
 import time
@@ -22,6 +24,7 @@ LONGEST_PAUSE_SECONDS = 5.0
 WELL_AFTER_SECONDS = 30.0
 _DEATH_SECONDS = 0.02
 LOG_ROTATED_OVER_BYTES = 10 * 1024 * 1024
+_LOG_LOOK_SECONDS = 60.0
 # Marks every process of a supervisor and all that they start, so that none can be overlooked.
 MARK_VARIABLE = "SUPERVISED_BY_TUNERY"  # no TUNERY_ in front: the training process is given none of those
 
@@ -92,6 +95,7 @@ class Supervisor:
         for child in self.children:
             rotate_log(child.spec.log_path)
             self._keepers.append(asyncio.create_task(self._keep(child)))
+        self._keepers.append(asyncio.create_task(self._keep_logs_small()))
 
     async def stop(self, seconds_by_stage: Sequence[float]) -> None:
         """Asks every process to end, stage by stage, and kills those that don't in time.
@@ -143,6 +147,12 @@ class Supervisor:
                 return
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    async def _keep_logs_small(self) -> None:
+        while True:
+            await asyncio.sleep(_LOG_LOOK_SECONDS)
+            for child in self.children:
+                await asyncio.to_thread(empty_log, child.spec.log_path)
+
     async def _run_once(self, child: Child) -> str:
         spec = child.spec
         child.starts += 1
@@ -170,6 +180,17 @@ def rotate_log(path: Path) -> None:
     """Moves a log that has grown large aside, to `NAME.log.1`, over the one that lay there."""
     if path.exists() and path.stat().st_size > LOG_ROTATED_OVER_BYTES:
         path.replace(path.with_name(f"{path.name}.1"))
+
+
+def empty_log(path: Path) -> None:
+    """Copies a log that has grown large aside, to where `rotate_log` moves it, and empties it.
+
+    For a process that has it open: it goes on at the file's new end. What it writes meanwhile is lost.
+    """
+    with contextlib.suppress(OSError):  # a full disk, or no such file yet
+        if path.stat().st_size > LOG_ROTATED_OVER_BYTES:
+            shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+            os.truncate(path, 0)
 
 
 def _signal(child: Child, number: signal.Signals) -> None:

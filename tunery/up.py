@@ -15,6 +15,7 @@ from tunery import embedded_s3
 from tunery.errors import SetUpError
 from tunery.ports import can_bind
 from tunery.probes import POLL_SECONDS, Probe, Probes, wait_until_well
+from tunery.replicas import parse_replicas
 from tunery.stack import Stack, plan_stack
 from tunery.supervisor import Child, Supervisor
 
@@ -26,22 +27,24 @@ _STILL_WAITING_SECONDS = 15.0
 _PORTS = range(1, 65536)
 
 
-def run_up(data_dir: Path, port: int, environment: Mapping[str, str]) -> int:
+def run_up(data_dir: Path, port: int, environment: Mapping[str, str], replicas: str = "") -> int:
     """Runs the stack until SIGINT, SIGTERM or SIGHUP; returns the command's exit code.
 
     Args:
         data_dir: the folder of all state; made where there is none.
         port: where the gateway listens.
         environment: the operator's; `TUNERY_*` in it is handed on to the services.
+        replicas: how many processes services have, as in `dataset=2,job=3`.
 
     Raises:
         SetUpError: it can't be started as asked.
     """
-    with _own_folder(data_dir) as folder:
+    numbers = parse_replicas(replicas, environment.get("TUNERY_DATABASE_URL", ""))
+    with own_folder(data_dir) as folder:
         _check_port(port)
-        weed = None if environment.get("TUNERY_S3_ENDPOINT") else _find_weed()
+        weed = None if environment.get("TUNERY_S3_ENDPOINT") else find_weed()
         try:
-            stack = plan_stack(folder, port, environment, weed)
+            stack = plan_stack(folder, port, environment, weed, numbers)
         except OSError as error:
             raise SetUpError(f"can't write to {folder}: {_reason(error)}") from error
         except ValueError as error:
@@ -149,8 +152,18 @@ def print_line(line: str) -> None:
         print(line, flush=True)
 
 
+class FolderInUse(SetUpError):
+    """A stack runs on the folder."""
+
+
 @contextlib.contextmanager
-def _own_folder(data_dir: Path) -> Iterator[Path]:
+def own_folder(data_dir: Path) -> Iterator[Path]:
+    """Gives the folder, made where there is none, to this process alone for the block's time.
+
+    Raises:
+        FolderInUse: another process has it.
+        SetUpError: it can't be written.
+    """
     folder = Path(os.path.abspath(data_dir.expanduser()))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -165,7 +178,7 @@ def _own_folder(data_dir: Path) -> Iterator[Path]:
                 raise SetUpError(f"can't lock {lock.name}: {_reason(error)}") from error
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            raise SetUpError(
+            raise FolderInUse(
                 f"{folder} is in use by another `tunery up` (process {holder}); stop it or take another one"
             ) from error
         lock.truncate(0)
@@ -183,7 +196,12 @@ def _check_port(port: int) -> None:
         raise SetUpError(f"can't listen on port {port}: {_reason(error)}")
 
 
-def _find_weed() -> Path:
+def find_weed() -> Path:
+    """Returns the program of the embedded S3 server.
+
+    Raises:
+        SetUpError: it isn't installed.
+    """
     if weed := embedded_s3.find_binary():
         return weed
     raise SetUpError(

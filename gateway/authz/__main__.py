@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 async def run(settings: AuthzSettings) -> None:
     """Serves until the process is told to stop."""
     database = Database(settings.database_url.get_secret_value())
-    channel = connect(settings.job_svc_address)
+    channel = connect(settings.job_svc_address, settings.tls)
     accounts = Accounts(
         AccountRepository(database),
         Issuer.load("account", settings.identity_dir),
@@ -37,7 +37,7 @@ async def run(settings: AuthzSettings) -> None:
         log.info("made the first account")
     server, health_servicer = make_authz_server(accounts, Verifier(settings.identity_dir))
     try:
-        await serve(server, health_servicer, settings.listen)
+        await serve(server, health_servicer, settings.listen, tls=settings.tls)
     finally:
         await channel.close()
         await database.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataset_svc.data_sources import DataSources
 from dataset_svc.dataset_reports import DatasetReports
-from dataset_svc.datasets import Datasets
+from dataset_svc.datasets import Datasets, Limits
 from dataset_svc.job_data import JobData
 from dataset_svc.servicer import DatasetServicer, JobDataServicer
 from dataset_svc.settings import DatasetSettings
@@ -31,10 +31,14 @@ async def main(settings: DatasetSettings) -> None:
     database = Database(url)
     store = ObjectStore(settings)
     await store.wait_and_create_bucket()
-    job_channel = connect(settings.job_svc_address)
+    job_channel = connect(settings.job_svc_address, settings.tls)
 
     datasets = Datasets(
-        database, store, JobLifeServiceStub(job_channel), Issuer.load("dataset_svc", settings.identity_dir)
+        database,
+        store,
+        JobLifeServiceStub(job_channel),
+        Issuer.load("dataset_svc", settings.identity_dir),
+        Limits(settings.max_datasets, settings.max_dataset_bytes),
     )
     uploads = Uploads(datasets, store, settings.max_upload_bytes)
     catalog = load_catalog(settings.catalog_file)
@@ -56,7 +60,7 @@ async def main(settings: DatasetSettings) -> None:
         ),
     ]
     server, health = make_server(services, Verifier(settings.identity_dir))
-    await serve(server, health, settings.listen, [datasets.sweep()])
+    await serve(server, health, settings.listen, [datasets.sweep()], tls=settings.tls)
     await reports.close()
     await job_channel.close()
     await database.close()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import sqlalchemy as sa
 import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from dataset_svc.incoming_file import CheckedFile, Format
 from dataset_svc.tables import datasets, holds
 from svc_kit.database import DATABASE_AWAY, Database, utc_now
-from svc_kit.errors import DatasetInUse, NotFound, UnknownDataset
+from svc_kit.errors import DatasetInUse, LimitReached, NotFound, UnknownDataset
+from svc_kit.idempotency import used_otherwise
 from svc_kit.identity import Issuer
 from svc_kit.ids import new_id
 from svc_kit.interceptors import from_rpc_error
@@ -32,19 +35,37 @@ _ABANDONED = dt.timedelta(hours=24)
 _SWEEP_SECONDS = 600
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one account may store; None is no limit."""
+
+    max_datasets: int
+    max_bytes: int | None
+
+
 class Datasets:
     """The datasets of all accounts; methods with an `account_id` act for that one."""
 
     def __init__(
-        self, database: Database, store: ObjectStore, job_life: JobLifeServiceStub, issuer: Issuer
+        self,
+        database: Database,
+        store: ObjectStore,
+        job_life: JobLifeServiceStub,
+        issuer: Issuer,
+        limits: Limits,
     ) -> None:
         self._database = database
+        self._limits = limits
         self._store = store
         self._job_life = job_life
         self._issuer = issuer
 
     async def begin(self, account_id: str, format_: Format) -> sa.Row[Any]:
-        """Notes an upload under way, so that what it leaves behind can be found; shown to nobody."""
+        """Notes an upload under way, so that what it leaves behind can be found; shown to nobody.
+
+        Raises:
+            LimitReached: the account has as much as it may.
+        """
         dataset_id = new_id("ds")
         insert = datasets.insert().values(
             id=dataset_id,
@@ -55,23 +76,67 @@ class Datasets:
             created_at=utc_now(),
         )
         async with self._database.write() as connection:
+            await self._check_limits(connection, account_id, more_bytes=1)
             return (await connection.execute(insert.returning(*datasets.c))).one()
 
-    async def commit(self, dataset_id: str, name: str, file: CheckedFile) -> sa.Row[Any]:
-        """Shows a dataset whose bytes are stored."""
+    async def _check_limits(self, connection: AsyncConnection, account_id: str, more_bytes: int) -> None:
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(datasets.c.size_bytes), 0)).where(
+            datasets.c.account_id == account_id, datasets.c.status == "stored"
+        )
+        num_datasets, num_bytes = (await connection.execute(query)).one()
+        limits = self._limits
+        if num_datasets >= limits.max_datasets:
+            raise LimitReached(
+                f"The account has {num_datasets:,} datasets, and {limits.max_datasets:,} is the limit; "
+                "delete some that are not needed any more."
+            )
+        if limits.max_bytes is not None and num_bytes + more_bytes > limits.max_bytes:
+            raise LimitReached(
+                f"The account's datasets have {num_bytes:,} bytes, and with this one they would be over the "
+                f"limit of {limits.max_bytes:,}; delete some that are not needed any more."
+            )
+
+    async def commit(
+        self, upload: sa.Row[Any], name: str, file: CheckedFile, idempotency_key: str | None
+    ) -> sa.Row[Any]:
+        """Shows a dataset whose bytes are stored.
+
+        Where the account has made one with the same key already, returns that one; the upload is of no use
+        then.
+
+        Raises:
+            InvalidRequest: that one has another name or other bytes.
+            LimitReached: the account would have more than it may.
+        """
+        account_id = upload.account_id
         update = (
             datasets.update()
-            .where(datasets.c.id == dataset_id, datasets.c.status == "uploading")
+            .where(datasets.c.id == upload.id, datasets.c.status == "uploading")
             .values(
                 status="stored",
                 name=name,
                 size_bytes=file.size_bytes,
                 row_count=file.row_count,
                 columns=list(file.columns),
+                idempotency_key=idempotency_key,
+                file_sha256=file.sha256,
                 created_at=utc_now(),
             )
         )
+        made_before = datasets.select().where(
+            datasets.c.account_id == account_id,
+            datasets.c.idempotency_key == idempotency_key,
+            datasets.c.status == "stored",
+        )
         async with self._database.write() as connection:
+            await self._database.lock(connection, f"datasets of {account_id}")
+            if idempotency_key is not None:
+                made = (await connection.execute(made_before)).one_or_none()
+                if made is not None and (made.name, made.file_sha256) != (name, file.sha256):
+                    raise used_otherwise(idempotency_key)
+                if made is not None:
+                    return made
+            await self._check_limits(connection, account_id, file.size_bytes)
             return (await connection.execute(update.returning(*datasets.c))).one()
 
     async def discard(self, dataset_id: str) -> None:
@@ -146,7 +211,9 @@ class Datasets:
                     job_id=job_id,
                 )
             await connection.execute(
-                datasets.update().where(datasets.c.id == dataset_id).values(status="deleted")
+                datasets.update()
+                .where(datasets.c.id == dataset_id)
+                .values(status="deleted", idempotency_key=None)
             )
         await self._remove(dataset_id)
 
@@ -183,6 +250,7 @@ class Datasets:
             if row.status == "deleted":
                 await self._store.delete_prefix(reports_prefix(row.object_key))
             await self._store.delete(row.object_key)
+            await self._store.abort_uploads(row.object_key)
         except Exception as error:
             # The caller's work is done; the sweep tries again what the store can't do now.
             log.warning("objects are left to the sweep", key=row.object_key, cause=str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import io
 import queue
 from collections.abc import Callable
@@ -27,11 +28,13 @@ class CheckedFile:
         size_bytes: its size.
         row_count: its data rows.
         columns: a CSV file's columns; empty for JSONL.
+        sha256: of its bytes, in hex.
     """
 
     size_bytes: int
     row_count: int
     columns: tuple[str, ...]
+    sha256: str
 
 
 class _Aborted(Exception):
@@ -103,6 +106,7 @@ class IncomingFile:
         self._checker = CsvChecker() if format_ == "csv" else JsonlChecker()
         self._max_bytes = max_bytes
         self._size_bytes = 0
+        self._sha256 = hashlib.sha256()
         self._pipe = _Pipe()
         self._stored = threads.submit(store, io.BufferedReader(self._pipe, 1024 * 1024))
 
@@ -121,6 +125,7 @@ class IncomingFile:
                 limit_bytes=self._max_bytes,
             )
         self._checker.feed(data)
+        self._sha256.update(data)
         self._put(data)
 
     def _put(self, item: bytes | None) -> None:
@@ -138,7 +143,12 @@ class IncomingFile:
         summary = self._checker.finish()
         self._put(None)
         self._stored.result()
-        return CheckedFile(self._size_bytes, summary.row_count, getattr(summary, "columns", ()))
+        return CheckedFile(
+            self._size_bytes,
+            summary.row_count,
+            getattr(summary, "columns", ()),
+            self._sha256.hexdigest(),
+        )
 
     def abort(self) -> None:
         """Has nothing stored, and returns once that is so. No effect after `finish`."""

@@ -17,6 +17,7 @@ from dataset_svc.job_data import TRAINING, VALIDATION, DataFile, DataRequest, Jo
 from dataset_svc.task_columns import TaskType, plan_columns
 from dataset_svc.uploads import Uploads
 from svc_kit.errors import InvalidRequest, MalformedUpload, NotFound
+from svc_kit.idempotency import idempotency_key
 from svc_kit.identity import current_identity
 from tunery.dataset.v1 import (
     dataset_pb2,
@@ -76,7 +77,9 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
                 yield body.data
 
         account_id = current_identity().subject
-        row = await self._uploads.take_form(account_id, format_, first.content_type, chunks())
+        row = await self._uploads.take_form(
+            account_id, format_, first.content_type, chunks(), idempotency_key(context)
+        )
         await context.send_initial_metadata(CREATED)
         return _message(row)
 
@@ -102,6 +105,7 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
             header.name if header.HasField("name") else None,
             header.size_bytes,
             chunks(),
+            idempotency_key(context),
         )
         return _message(row)
 

@@ -6,18 +6,25 @@ from pathlib import Path
 
 from pydantic import Field
 
+from svc_kit.addresses import Addresses
 from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, ServerSettings
 
 
 class DatasetSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
     """What dataset_svc reads from the environment (`TUNERY_*`)."""
 
-    job_svc_address: str = Field(description="HOST:PORT of job_svc.")
+    job_svc_address: Addresses = Field(description="HOST:PORT of job_svc, or several with commas between.")
     models_dir: Path = Field(
         description="Folder of base models, for reports on datasets; those missing are fetched into it."
     )
     catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
     max_upload_bytes: int = Field(2**30, gt=0, description="Largest file, uploaded or named by a URI.")
+    max_datasets: int = Field(10_000, ge=1, description="Datasets of one account; more are refused.")
+    max_dataset_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Bytes of all datasets of one account; more are refused. Unset: no limit.",
+    )
     import_file_roots: tuple[Path, ...] = Field(
         (), description='Folders that file:// URIs may point into, as JSON: ["/srv/data"]. None by default.'
     )

@@ -22,7 +22,10 @@ datasets = sa.Table(
     sa.Column("size_bytes", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("row_count", sa.Integer, nullable=False, server_default="0"),
     sa.Column("columns", JsonText, nullable=False, server_default="[]"),
+    sa.Column("idempotency_key", sa.String(255)),
+    sa.Column("file_sha256", sa.String(64)),
     sa.Column("created_at", UtcTime, nullable=False),
+    sa.Index("datasets_by_idempotency_key", "account_id", "idempotency_key", unique=True),
     sa.Index("datasets_by_account", "account_id", "number"),
     sa.Index("datasets_by_status", "status", "number"),
 )

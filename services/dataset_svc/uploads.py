@@ -36,14 +36,22 @@ class Uploads:
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_UPLOADS)
 
     async def take_form(
-        self, account_id: str, format_: Format, content_type: str, chunks: AsyncIterator[bytes]
+        self,
+        account_id: str,
+        format_: Format,
+        content_type: str,
+        chunks: AsyncIterator[bytes],
+        idempotency_key: str | None,
     ) -> sa.Row[Any]:
         """Takes a multipart/form-data body with the part `file`, and maybe `name`.
+
+        Where the same was uploaded with the same key already, returns that dataset.
 
         Raises:
             MalformedUpload: the body is broken or was cut off.
             InvalidRequest: a part, a name or the file is not what it should be.
             PayloadTooLarge: the file is over the limit.
+            LimitReached: the account has as much as it may.
         """
         async with _Draft(self, account_id, format_) as draft:
             form = UploadForm(
@@ -60,7 +68,7 @@ class Uploads:
                 await _discard_rest(chunks)
                 raise
             uploaded = await draft.in_thread(form.finish)
-            return await draft.commit(uploaded.name or uploaded.filename)
+            return await draft.commit(uploaded.name or uploaded.filename, idempotency_key)
 
     async def take_chunks(
         self,
@@ -69,13 +77,17 @@ class Uploads:
         name: str | None,
         size_bytes: int,
         chunks: AsyncIterator[bytes],
+        idempotency_key: str | None,
     ) -> sa.Row[Any]:
         """Takes a file whose size is announced, so that a cut-off upload is told from a finished one.
+
+        Where the same was uploaded with the same key already, returns that dataset.
 
         Raises:
             MalformedUpload: the bytes are more or fewer than announced.
             InvalidRequest: a name or the file is not what it should be.
             PayloadTooLarge: the file is over the limit.
+            LimitReached: the account has as much as it may.
         """
         for field, text, limit in (
             ("header.file_name", file_name, MAX_FILE_NAME_CHARS),
@@ -99,7 +111,7 @@ class Uploads:
                     "stored; send it again.",
                     field="header.size_bytes",
                 )
-            return await draft.commit((name or "").strip() or base_name_of(file_name))
+            return await draft.commit((name or "").strip() or base_name_of(file_name), idempotency_key)
 
     def open_file(self, format_: Format, object_key: str) -> IncomingFile:
         """Starts storing a file."""
@@ -192,10 +204,10 @@ class _Draft:
         assert self._file is not None, "the file has started"
         self._file.write(data)
 
-    async def commit(self, name: str) -> sa.Row[Any]:
+    async def commit(self, name: str, idempotency_key: str | None) -> sa.Row[Any]:
         assert self._row is not None
         assert self._file is not None, "a finished form has a file"
         file: CheckedFile = await self.in_thread(self._file.finish)
-        row = await self._uploads.datasets.commit(self._row.id, name, file)
-        self._is_over = True
+        row = await self._uploads.datasets.commit(self._row, name, file, idempotency_key)
+        self._is_over = row.id == self._row.id
         return row

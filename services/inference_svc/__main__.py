@@ -24,7 +24,7 @@ async def main(settings: InferenceSettings) -> None:
     cache = ArtifactCache(
         ObjectStore(settings), settings.cache_dir / "inference_svc", settings.max_cache_bytes
     )
-    job_svc = connect(settings.job_svc_address)
+    job_svc = connect(settings.job_svc_address, settings.tls)
     finder = ArtifactFinder(job_svc, Issuer.load("inference_svc", settings.identity_dir))
     thread = ModelThread(
         settings.max_loaded_base_models,
@@ -41,7 +41,7 @@ async def main(settings: InferenceSettings) -> None:
         frozenset({"account"}),
     )
     server, health = make_server([service], Verifier(settings.identity_dir))
-    await serve(server, health, settings.listen)
+    await serve(server, health, settings.listen, tls=settings.tls)
     await chat.close()
     await job_svc.close()
 

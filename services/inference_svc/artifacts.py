@@ -22,6 +22,7 @@ from svc_kit.identity import Issuer
 from svc_kit.interceptors import from_rpc_error
 from svc_kit.object_store import ObjectStore
 from svc_kit.shared_calls import SharedCalls
+from trainer_svc.engine.artifact import MERGED_DIR
 from tunery.job.v1 import model_service_pb2
 from tunery.job.v1.model_service_pb2_grpc import ModelArtifactServiceStub
 
@@ -154,7 +155,8 @@ class ArtifactCache:
         partial = self._folder / f"{_PARTIAL}{uuid.uuid4().hex}"
         partial.mkdir()
         try:
-            await self._store.get_folder(artifact.object_prefix, partial)
+            # Adapters are put beside a base model that is loaded once; merged ones would be loaded each.
+            await self._store.get_folder(artifact.object_prefix, partial, without=MERGED_DIR)
             partial.rename(self._folder / artifact.key)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

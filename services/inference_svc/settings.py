@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pydantic import Field
 
+from svc_kit.addresses import Addresses
 from svc_kit.settings import ObjectStoreSettings, ServerSettings
 
 
 class InferenceSettings(ServerSettings, ObjectStoreSettings):
     """What inference_svc reads from the environment (`TUNERY_*`)."""
 
-    job_svc_address: str = Field(description="HOST:PORT of job_svc.")
+    job_svc_address: Addresses = Field(description="HOST:PORT of job_svc, or several with commas between.")
     models_dir: Path = Field(description="Folder of base models; one that is missing there is fetched.")
     cache_dir: Path = Field(
         description="Fine-tuned models fetched from the store are kept in inference_svc/ below it, which "

@@ -63,16 +63,18 @@ async def main(settings: JobSettings) -> None:
     catalog = load_catalog(settings.catalog_file)
     price = Price(settings.credits_per_million_tokens)
     feed = ChangeFeed(database)
-    dataset_channel = connect(settings.dataset_svc_address)
+    dataset_channel = connect(settings.dataset_svc_address, settings.tls)
     job_data = JobDataClient(dataset_channel, Issuer.load("job_svc", settings.identity_dir))
 
-    jobs = Jobs(database, feed, job_data, catalog, price)
+    jobs = Jobs(database, feed, job_data, catalog, price, settings.max_live_jobs)
     logs = LogStream(database, feed, settings.max_open_tails)
     sweeper = Sweeper(database, feed, store)
     models = Models(database, sweeper)
     files = JobFiles(jobs, logs, store)
     ledger = CreditLedger(database)
-    queue = LeaseQueue(database, feed, price, settings.lease_seconds, settings.max_retries)
+    queue = LeaseQueue(
+        database, feed, price, settings.lease_seconds, settings.max_retries, settings.max_running_jobs
+    )
     validator = Validator(database, feed, job_data, price)
 
     account: frozenset[Kind] = frozenset({"account"})
@@ -128,7 +130,7 @@ async def main(settings: JobSettings) -> None:
     ]
     server, health = make_server(services, Verifier(settings.identity_dir), REFLECTED)
     background = [feed.run(), validator.run(), queue.reap(), sweeper.run()]
-    await serve(server, health, settings.listen, background)
+    await serve(server, health, settings.listen, background, tls=settings.tls)
     await dataset_channel.close()
     await database.close()
 

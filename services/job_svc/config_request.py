@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from job_svc.job_files import ERROR_REPORT_NAME, WANDB_NAME
-from job_svc.job_plan import LARGEST_COUNT, JobPlan
+from job_svc.job_plan import LARGEST_COUNT, JobPlan, Priority
 from job_svc.torchrun_overrides import parse_overrides
 from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import Integer, StrictBody, nearest
@@ -172,6 +172,7 @@ class ConfigBody(StrictBody):
     logger: LoggerBody | None = None
     overrides: str = ""
     metadata: dict[str, Any] | None = None
+    priority: Priority = 0
 
     def plan(self, sent: dict[str, Any]) -> JobPlan:
         """Returns the job that the request asks for.
@@ -192,6 +193,7 @@ class ConfigBody(StrictBody):
             validation_uri=self.validation_data,
             task_type=None,
             suffix=None,
+            priority=self.priority,
             validation_split=0.0,
             hyperparameters={"epochs": options.n_epochs, "learning_rate": learning_rate},
             input_config=sent,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from job_svc.job_plan import LARGEST_COUNT, JobPlan
+from job_svc.job_plan import LARGEST_COUNT, JobPlan, Priority
 from svc_kit.errors import UnknownDataset
 from svc_kit.strict_json import Integer, StrictBody
 
@@ -54,6 +54,7 @@ class CsvJobBody(StrictBody):
     task_type: Literal["qa", "not_qa"]
     hyperparameters: HyperparametersBody = HyperparametersBody()
     suffix: Annotated[str, AfterValidator(_check_suffix)] | None = None
+    priority: Priority = 0
 
     def plan(self) -> JobPlan:
         """Returns the job that the request asks for.
@@ -84,6 +85,7 @@ class CsvJobBody(StrictBody):
             validation_uri=None,
             task_type=self.task_type,
             suffix=self.suffix or None,
+            priority=self.priority,
             validation_split=settings.validation_split,
             hyperparameters=settings.model_dump(exclude_none=True),
             input_config={"model": self.base_model, "data": uri, "fine_tuning_options": options},

@@ -31,8 +31,9 @@ class JobDataClient:
             Unavailable: dataset_svc can't be reached.
         """
         try:
+            # A dataset_svc that is starting again is waited for: whoever makes a job need not know.
             response = await self._stub.HoldJobData(
-                request, timeout=_HOLD_SECONDS, metadata=self._issuer.own_metadata()
+                request, timeout=_HOLD_SECONDS, wait_for_ready=True, metadata=self._issuer.own_metadata()
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_svc import credits
 from job_svc.change_feed import SWEEP, VALIDATION, ChangeFeed, job_topic
@@ -17,8 +18,10 @@ from job_svc.job_state import ENDED, LIVE, JobStatus, move
 from job_svc.tables import checkpoints, events, jobs, models
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.database import Database, utc_now
-from svc_kit.errors import InvalidRequest, JobEnded, NotFound, TuneryError
+from svc_kit.errors import InvalidRequest, JobEnded, LimitReached, NotFound, TuneryError
+from svc_kit.idempotency import used_otherwise
 from svc_kit.ids import new_id
+from svc_kit.log import current_request_id
 from svc_kit.strict_json import nearest
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
@@ -51,21 +54,30 @@ class Jobs:
         job_data: JobDataClient,
         catalog: Catalog,
         price: credits.Price,
+        max_live_jobs: int,
     ) -> None:
         self._database = database
         self._feed = feed
         self._job_data = job_data
         self._catalog = catalog
         self._price = price
+        self._max_live_jobs = max_live_jobs
 
-    async def create(self, account_id: str, plan: JobPlan) -> sa.Row[Any]:
+    async def create(self, account_id: str, plan: JobPlan, idempotency_key: str | None) -> sa.Row[Any]:
         """Makes a job, in the state `validation`, and holds its cost.
+
+        Where the account has made a job with the same key already, returns that one as it is now.
 
         Raises:
             UnknownBaseModel: the catalog doesn't have the base model.
             InvalidRequest: a data URI is not allowed, a dataset is unknown or doesn't fit.
             InsufficientCredits: the balance is below the cost.
+            LimitReached: the account has as many live jobs as it may.
         """
+        async with self._database.read() as connection:
+            made = await self._made_with(connection, account_id, idempotency_key, plan)
+        if made is not None:
+            return made
         _check_modules(plan, self._catalog.get(plan.base_model))
         job_id = new_id("job")
         try:
@@ -75,13 +87,43 @@ class Jobs:
                     account_id=account_id, job_id=job_id, uris=plan.uris, task_type=plan.task_type
                 )
             )
-            return await self._insert(account_id, job_id, plan, held)
+            row = await self._insert(account_id, job_id, plan, held, idempotency_key)
         except TuneryError:
             await self._job_data.release(job_id)
             raise
+        if row.id != job_id:  # the same request was carried out meanwhile
+            await self._job_data.release(job_id)
+        return row
+
+    async def _made_with(
+        self, connection: AsyncConnection, account_id: str, idempotency_key: str | None, plan: JobPlan
+    ) -> sa.Row[Any] | None:
+        if idempotency_key is None:
+            return None
+        query = jobs.select().where(
+            jobs.c.account_id == account_id, jobs.c.idempotency_key == idempotency_key
+        )
+        made = (await connection.execute(query)).one_or_none()
+        if made is not None and made.request_digest != plan.digest():
+            raise used_otherwise(idempotency_key)
+        return made
+
+    async def _check_limit(self, connection: AsyncConnection, account_id: str) -> None:
+        live = sa.and_(jobs.c.status.in_(sorted(LIVE)), jobs.c.account_id == account_id)
+        num_live = await connection.scalar(sa.select(sa.func.count()).where(live)) or 0
+        if num_live >= self._max_live_jobs:
+            raise LimitReached(
+                f"The account has {num_live:,} jobs waiting or running, and {self._max_live_jobs:,} is the "
+                "limit; wait for one to end, or cancel one."
+            )
 
     async def _insert(
-        self, account_id: str, job_id: str, plan: JobPlan, held: list[data_pb2.HeldData]
+        self,
+        account_id: str,
+        job_id: str,
+        plan: JobPlan,
+        held: list[data_pb2.HeldData],
+        idempotency_key: str | None,
     ) -> sa.Row[Any]:
         _check_formats(plan, held)
         dataset = held[0].dataset if held[0].HasField("dataset") else None
@@ -100,10 +142,18 @@ class Jobs:
             "training_uri": plan.training_uri,
             "validation_uri": plan.validation_uri,
             "num_validation_rows": num_validation_rows,
+            "priority": plan.priority,
+            "idempotency_key": idempotency_key,
+            "request_digest": plan.digest() if idempotency_key is not None else None,
             "created_at": utc_now(),
+            "request_id": current_request_id(),
             "next_seq": 2,
         }
         async with self._database.write() as connection:
+            await self._database.lock(connection, f"jobs of {account_id}")
+            if made := await self._made_with(connection, account_id, idempotency_key, plan):
+                return made
+            await self._check_limit(connection, account_id)
             if dataset:
                 cost = self._price.of(
                     planned_tokens(plan.run, dataset.size_bytes, dataset.row_count - num_validation_rows)

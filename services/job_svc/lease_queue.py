@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,8 @@ from job_svc import credits, estimates
 from job_svc.change_feed import QUEUE, SWEEP, ChangeFeed, job_topic
 from job_svc.job_plan import LARGEST_COUNT
 from job_svc.job_state import ENDED, JobStatus, move
-from job_svc.tables import checkpoints, events, jobs, models
+from job_svc.sweeper import attempt_prefix
+from job_svc.tables import checkpoints, events, jobs, models, turns
 from svc_kit.database import DATABASE_AWAY, Database, utc_now
 from svc_kit.errors import InvalidRequest, LeaseLost
 from svc_kit.ids import new_id, random_id
@@ -66,15 +68,21 @@ class LeaseQueue:
         price: credits.Price,
         lease_seconds: float,
         max_retries: int,
+        max_running_jobs: int | None,
     ) -> None:
         self._database = database
         self._feed = feed
         self._price = price
         self.lease_seconds = lease_seconds
         self._max_retries = max_retries
+        self._max_running_jobs = max_running_jobs
 
     async def lease(self, trainer_id: str, wait_seconds: float) -> sa.Row[Any] | None:
-        """Gives the oldest queued job to a trainer, waiting for one; None when there is none in time."""
+        """Gives a queued job to a trainer, waiting for one; None when there is none in time.
+
+        Accounts take turns: next is the one that has the fewest jobs running, of several the one that had to
+        wait for longest. Of its jobs the one of the highest priority is taken, of several the oldest.
+        """
         await self._requeue_held_by(trainer_id)
         deadline = asyncio.get_running_loop().time() + min(wait_seconds, MAX_WAIT_SECONDS)
         with self._feed.subscribe(QUEUE) as changes:
@@ -90,19 +98,27 @@ class LeaseQueue:
         return row
 
     async def _take(self, trainer_id: str) -> sa.Row[Any] | None:
-        oldest = (
+        while (account_id := await self._next_account()) is not None:
+            if (row := await self._take_from(account_id, trainer_id)) is not None:
+                return row
+        return None
+
+    async def _next_account(self) -> str | None:
+        async with self._database.read() as connection:
+            return await connection.scalar(_whose_turn(self._max_running_jobs))
+
+    async def _take_from(self, account_id: str, trainer_id: str) -> sa.Row[Any] | None:
+        next_job = (
             sa.select(jobs.c.id, jobs.c.attempts)
-            .where(jobs.c.status == JobStatus.QUEUED)
-            .order_by(jobs.c.number)
+            .where(jobs.c.status == JobStatus.QUEUED, jobs.c.account_id == account_id)
+            .order_by(jobs.c.priority.desc(), jobs.c.number)
             .limit(1)
         )
-        async with self._database.read() as connection:
-            if (await connection.execute(oldest)).first() is None:
-                return None  # the usual case, without taking the write lock
         async with self._database.write() as connection:
-            found = (await connection.execute(oldest.with_for_update(skip_locked=True))).one_or_none()
+            found = (await connection.execute(next_job.with_for_update(skip_locked=True))).one_or_none()
             if found is None:
                 return None
+            await self._note_turn(connection, account_id)
             attempt = found.attempts + 1
             line = f"training starts on {trainer_id}" + (f", attempt {attempt}" if attempt > 1 else "")
             return await move(
@@ -117,6 +133,15 @@ class LeaseQueue:
                 attempts=attempt,
                 started_at=utc_now(),
             )
+
+    async def _note_turn(self, connection: AsyncConnection, account_id: str) -> None:
+        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
+        values = {"taken_at": utc_now()}
+        await connection.execute(
+            insert(turns)
+            .values(account_id=account_id, **values)
+            .on_conflict_do_update(index_elements=["account_id"], set_=values)
+        )
 
     def _expiry(self) -> dt.datetime:
         return utc_now() + dt.timedelta(seconds=self.lease_seconds)
@@ -236,12 +261,14 @@ class LeaseQueue:
             case "validation":
                 return {"validation_loss": data["loss"]}
             case "checkpoint":
+                _check_prefix(job, data["object_prefix"])
                 await self._keep_checkpoint(connection, job_id, data)
                 return {"epochs_completed": int(data["epochs_completed"]), "faults": 0}
             case "checkpoint_removed":
                 gone = sa.and_(checkpoints.c.job_id == job_id, checkpoints.c.step == int(data["step"]))
                 await connection.execute(checkpoints.delete().where(gone))
             case "deploying":
+                _check_prefix(job, data["object_prefix"])
                 await self._put_model(connection, job, data["object_prefix"], "deploying")
         return {}
 
@@ -302,6 +329,7 @@ class LeaseQueue:
             if row is None:
                 await self._accept_repeated_end(connection, job_id, lease_token, JobStatus.COMPLETED)
                 return
+            _check_prefix(row, result.object_prefix)
             charged = await credits.settle(connection, row, self._price.of(result.tokens_trained))
             await connection.execute(jobs.update().where(jobs.c.id == job_id).values(credits_charged=charged))
             await self._put_model(connection, row, result.object_prefix, "available")
@@ -367,7 +395,7 @@ class LeaseQueue:
         return True
 
     async def hand_back(self, job_id: str, lease_token: str, reason: str) -> None:
-        """Queues a job again whose trainer goes away; or notes that a cancelled run has stopped.
+        """Queues a job again whose trainer goes away; or notes that a run without a lease has stopped.
 
         Raises:
             LeaseLost: the lease is another's now.
@@ -381,15 +409,16 @@ class LeaseQueue:
                 f"{reason}; job queued again".replace("\0", ""),
                 under_lease=lease_token,
             )
-            if row is None:
-                stopped = (
-                    jobs.update()
-                    .where(jobs.c.id == job_id, jobs.c.lease_token == lease_token, jobs.c.status.in_(ENDED))
-                    .values(lease_expires_at=None)
-                )
-                if (await connection.execute(stopped)).rowcount == 0:
-                    raise LeaseLost(f"The lease on {job_id} is lost.")
+            is_own = row is not None
+            if not is_own:
+                # An attempt that had lost its lease may have stored something after the sweep.
+                ended = sa.and_(jobs.c.id == job_id, jobs.c.status.in_(ENDED))
+                await connection.execute(jobs.update().where(ended).values(swept=False))
+                stopped = jobs.update().where(ended, jobs.c.lease_token == lease_token)
+                is_own = (await connection.execute(stopped.values(lease_expires_at=None))).rowcount > 0
         self._feed.announce(job_topic(job_id), QUEUE, SWEEP)
+        if not is_own:
+            raise LeaseLost(f"The lease on {job_id} is lost.")
 
     async def _requeue_held_by(self, trainer_id: str) -> None:
         held = jobs.c.leased_by == trainer_id
@@ -408,21 +437,64 @@ class LeaseQueue:
         """Takes jobs back from trainers that are not heard of any more, until cancelled.
 
         A trainer can be heard only while this process listens: after a start, or a pause of its own, it
-        gives every trainer the lease's time to come back.
+        gives every trainer the lease's time to come back; and after a jump of the clock that leases end by.
         """
         clock = asyncio.get_running_loop().time
         listening_since = last_look = clock()
+        clocks_differ_by = time.time() - last_look
         while True:
             await asyncio.sleep(_REAP_SECONDS)
             now, previous, last_look = clock(), last_look, clock()
-            if now - previous > _LONGEST_PAUSE_SECONDS:
+            jump = time.time() - now - clocks_differ_by
+            if now - previous > _LONGEST_PAUSE_SECONDS or abs(jump) > _LONGEST_PAUSE_SECONDS:
                 listening_since = now
+                clocks_differ_by += jump
             if now - listening_since < self.lease_seconds:
                 continue
             try:
                 await self._requeue(jobs.c.lease_expires_at < utc_now(), "the trainer was lost")
             except DATABASE_AWAY as error:
                 log.warning("lapsed leases can't be looked for", cause=str(error))
+
+
+def _whose_turn(max_running_jobs: int | None) -> sa.Select[tuple[str]]:
+    """The account that a job is to be taken from; no row where nothing waits.
+
+    Jumps through the index from one account to the next: it takes as long with ten thousand queued jobs as
+    with one for each account.
+    """
+    queued = jobs.c.status == JobStatus.QUEUED
+    first = sa.select(sa.func.min(jobs.c.account_id).label("account_id")).where(queued)
+    accounts = first.cte("accounts", recursive=True)
+    following = (
+        sa.select(sa.func.min(jobs.c.account_id))
+        .where(queued, jobs.c.account_id > accounts.c.account_id)
+        .correlate(accounts)
+        .scalar_subquery()
+    )
+    accounts = accounts.union_all(sa.select(following).where(accounts.c.account_id.is_not(None)))
+    num_running = (
+        sa.select(sa.func.count())
+        .where(jobs.c.status == JobStatus.RUNNING, jobs.c.account_id == accounts.c.account_id)
+        .correlate(accounts)
+        .scalar_subquery()
+    )
+    turn = (
+        sa.select(accounts.c.account_id)
+        .outerjoin(turns, turns.c.account_id == accounts.c.account_id)
+        .where(accounts.c.account_id.is_not(None))
+        .order_by(num_running, sa.nulls_first(turns.c.taken_at), accounts.c.account_id)
+        .limit(1)
+    )
+    return turn if max_running_jobs is None else turn.where(num_running < max_running_jobs)
+
+
+def _check_prefix(job: sa.Row[Any], object_prefix: str) -> None:
+    if not object_prefix.startswith(attempt_prefix(job)):
+        raise InvalidRequest(
+            f"{object_prefix!r} is not below {attempt_prefix(job)}, where this attempt stores.",
+            field="object_prefix",
+        )
 
 
 def _shown(loss: float | None) -> str:

@@ -19,6 +19,7 @@ from job_svc.log_stream import LogStream
 from job_svc.models import Models
 from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
+from svc_kit.idempotency import idempotency_key
 from svc_kit.identity import current_identity
 from svc_kit.strict_json import message_to_object, parse_json_object, validate
 from tunery.job.v1 import (
@@ -69,16 +70,18 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         self._logs = logs
 
     async def CreateJob(self, request: job_service_pb2.CreateJobRequest, context: Any) -> job_pb2.Job:
-        return await self._create(_without_empty(message_to_object(request)))
+        return await self._create(_without_empty(message_to_object(request)), context)
 
     async def CreateJobFromJson(self, request: httpbody_pb2.HttpBody, context: Any) -> job_pb2.Job:
-        job = await self._create(parse_json_object(request.data))
+        job = await self._create(parse_json_object(request.data), context)
         await context.send_initial_metadata(CREATED)
         return job
 
-    async def _create(self, body: dict[str, Any]) -> job_pb2.Job:
+    async def _create(self, body: dict[str, Any], context: Any) -> job_pb2.Job:
         plan = validate(CsvJobBody, body).plan()
-        return views.job_message(await self._jobs.create(_account_id(), plan), None)
+        job = await self._jobs.create(_account_id(), plan, idempotency_key(context))
+        # A repeated request's job may have ended meanwhile.
+        return views.job_message(job, (await self._models.of_jobs([job.id])).get(job.id))
 
     async def ListJobs(self, request: job_service_pb2.ListJobsRequest, context: Any) -> job_pb2.JobList:
         limit = request.limit if request.HasField("limit") else None
@@ -141,17 +144,17 @@ class FineTuningServicer(fine_tuning_service_pb2_grpc.FineTuningServiceServicer)
         found = (await self._jobs.checkpoints([job.id]))[job.id]
         return views.fine_tuning_job_message(job, found, self._public_url)
 
-    async def _submit(self, body: dict[str, Any]) -> fine_tuning_pb2.FineTuningJob:
+    async def _submit(self, body: dict[str, Any], context: Any) -> fine_tuning_pb2.FineTuningJob:
         plan = validate(ConfigBody, body).plan(body)
-        return await self._view(await self._jobs.create(_account_id(), plan))
+        return await self._view(await self._jobs.create(_account_id(), plan, idempotency_key(context)))
 
     async def SubmitJob(self, request: fine_tuning_pb2.Config, context: Any) -> fine_tuning_pb2.FineTuningJob:
-        return await self._submit(message_to_object(request))
+        return await self._submit(message_to_object(request), context)
 
     async def SubmitJobFromJson(
         self, request: httpbody_pb2.HttpBody, context: Any
     ) -> fine_tuning_pb2.FineTuningJob:
-        return await self._submit(parse_json_object(request.data))
+        return await self._submit(parse_json_object(request.data), context)
 
     async def GetJobStatus(
         self, request: fine_tuning_pb2.GetJobStatusRequest, context: Any

@@ -12,7 +12,7 @@ from job_svc.job_state import LIVE
 from job_svc.jobs import Jobs
 from job_svc.lease_queue import LeaseQueue, RunEvent, RunResult
 from job_svc.models import Models
-from job_svc.sweeper import job_prefix
+from job_svc.sweeper import attempt_prefix
 from svc_kit.errors import InvalidRequest
 from tunery.job.v1 import (
     credit_service_pb2,
@@ -49,9 +49,10 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
             run=json_format.ParseDict(job.run, worker_pb2.TrainingRun()),
             training_key=job.training_key,
             validation_key=job.validation_key,
-            attempt_prefix=f"{job_prefix(job.account_id, job.id)}attempt-{job.attempts}/",
+            attempt_prefix=attempt_prefix(job),
             resume_prefix=await self._queue.last_checkpoint(job.id),
             needs_probe=job.estimate is None,
+            request_id=job.request_id,
         )
         return worker_pb2.LeaseJobResponse(lease=lease)
 

@@ -30,6 +30,11 @@ def job_prefix(account_id: str, job_id: str) -> str:
     return f"{account_prefix(account_id)}jobs/{job_id}/"
 
 
+def attempt_prefix(job: sa.Row[Any]) -> str:
+    """Returns the beginning of the keys of everything that a job's attempt under way may store."""
+    return f"{job_prefix(job.account_id, job.id)}attempt-{job.attempts}/"
+
+
 class Sweeper:
     """Sweeps ended jobs. Repeatable, and safe in several replicas."""
 
@@ -82,5 +87,6 @@ class Sweeper:
         kept += [key for key in (job.error_report_key, job.wandb_prefix) if key]
         stored = await self._store.list(job_prefix(job.account_id, job.id))
         await self._store.delete_all(item.key for item in stored if not item.key.startswith(tuple(kept)))
+        await self._store.abort_uploads(job_prefix(job.account_id, job.id))
         async with self._database.write() as connection:
             await connection.execute(jobs.update().where(jobs.c.id == job.id).values(swept=True))

@@ -25,7 +25,11 @@ jobs = sa.Table(
     sa.Column("training_uri", sa.Text, nullable=False),
     sa.Column("validation_uri", sa.Text),
     sa.Column("num_validation_rows", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),  # the highest of an account first
+    sa.Column("idempotency_key", sa.String(255)),
+    sa.Column("request_digest", sa.String(64)),  # of what was asked for with the key
     sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("request_id", sa.String(128)),  # of the request that made it
     sa.Column("ended_at", UtcTime),
     # The validation worker's claim, and a trainer's lease.
     sa.Column("claimed_until", UtcTime),
@@ -63,6 +67,18 @@ jobs = sa.Table(
     sa.Index("jobs_by_account", "account_id", "number"),
     sa.Index("jobs_by_status", "status", "number"),
     sa.Index("jobs_by_lessee", "leased_by", "status"),
+    # Or each look for what is due would go through all that ended.
+    sa.Index("jobs_by_sweep", "swept", "status"),
+    sa.Index("jobs_in_turn", "status", "account_id", "priority", "number"),
+    sa.Index("jobs_by_idempotency_key", "account_id", "idempotency_key", unique=True),
+)
+
+# When each account last had a job taken: accounts take turns.
+turns = sa.Table(
+    "account_turns",
+    metadata,
+    sa.Column("account_id", sa.String(40), primary_key=True),
+    sa.Column("taken_at", UtcTime, nullable=False),
 )
 
 # What base models cost on the trainers' device; the newest measurement counts.

@@ -19,6 +19,7 @@ from job_svc.jobs import planned_tokens
 from job_svc.tables import jobs
 from svc_kit.database import DATABASE_AWAY, Database, utc_now
 from svc_kit.errors import InsufficientCredits, TuneryError
+from svc_kit.log import working_for
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
 log = structlog.get_logger(__name__)
@@ -61,7 +62,8 @@ class Validator:
                     if job is None:
                         await changes.wait(_POLL_SECONDS)
                     else:
-                        await self._validate_claimed(job)
+                        with working_for(job.request_id, job.id):
+                            await self._validate_claimed(job)
                 except Exception:
                     # The worker must outlive whatever one job does to it; the claim lapses by itself.
                     log.exception("validation was interrupted")

@@ -77,6 +77,7 @@ def details_message(job: sa.Row[Any], model_id: str | None) -> job_pb2.JobDetail
         credits_charged=_credits(job.credits_charged),
         estimate=_estimate(job),
         actual=_actual(job),
+        priority=job.priority,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 
 import structlog
@@ -11,13 +10,12 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from svc_kit.identity import Identity
+from svc_kit.log import without_keys
 
 # Written whatever the log's level is.
 log = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET))
 
 MAX_ID_CHARS = 100
-# An id is whatever the client says it is, and some paste a whole API key for its id.
-_API_KEY = re.compile(r"(tnry_[A-Za-z0-9_-]{6})[A-Za-z0-9_-]{37,}")
 
 
 class AuditRecord:
@@ -34,7 +32,7 @@ class AuditRecord:
             return
         for field, value in message.ListFields():
             if field.type == FieldDescriptor.TYPE_STRING and _names_an_id(field.name):
-                self._ids[field.name] = _API_KEY.sub(r"\1...", value)[:MAX_ID_CHARS]
+                self._ids[field.name] = without_keys(value)[:MAX_ID_CHARS]
 
     def write(self, result: str) -> None:
         """Writes the line.

@@ -87,6 +87,14 @@ class Database:
             async with connection.begin():
                 yield connection
 
+    async def lock(self, connection: AsyncConnection, name: str) -> None:
+        """Keeps other transactions that lock the same name off until this one's end.
+
+        On SQLite each `write()` does that by itself.
+        """
+        if not self.is_sqlite:
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
+
     async def close(self) -> None:
         """Closes every connection."""
         await self._engine.dispose()
@@ -127,7 +135,7 @@ def _begin_explicitly(engine: sa.Engine) -> None:
         connection.exec_driver_sql(f"BEGIN {kind}")
 
 
-def migrate(url: str, migrations: Path, metadata: sa.MetaData) -> None:
+def migrate(url: str, migrations: Path, metadata: sa.MetaData, revision: str = "head") -> None:
     """Brings a service's tables to the newest version. Blocking; safe to call from several replicas.
 
     Args:
@@ -135,6 +143,7 @@ def migrate(url: str, migrations: Path, metadata: sa.MetaData) -> None:
         migrations: the service's Alembic folder; its name is part of the version table's, so that
             services can share a PostgreSQL database.
         metadata: the service's tables.
+        revision: the version to go to, for tests of the way from there.
     """
     config = alembic.config.Config()
     config.set_main_option("script_location", str(migrations))
@@ -149,5 +158,5 @@ def migrate(url: str, migrations: Path, metadata: sa.MetaData) -> None:
         config.attributes["connection"] = connection
         config.attributes["metadata"] = metadata
         config.attributes["version_table"] = f"{migrations.parent.name}_version"
-        alembic.command.upgrade(config, "head")
+        alembic.command.upgrade(config, revision)
     engine.dispose()

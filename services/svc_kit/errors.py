@@ -154,6 +154,11 @@ class TooManyRequests(TuneryError):
     when = "The service is at its limit; try again after a pause."
 
 
+class LimitReached(TooManyRequests):
+    code = "limit_reached"
+    when = "The account has as many jobs, datasets, bytes or open streams as it may; the message says which."
+
+
 class Unavailable(TuneryError):
     code = "unavailable"
     type = "server_error"

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from svc_kit.errors import Unauthenticated
+from svc_kit.log import REQUEST_ID_HEADER, current_request_id
 
 Kind = Literal["account", "trainer", "dataset_svc", "job_svc", "inference_svc", "authz"]
 """What a caller can be. Every kind but `account` is a process of the stack; its name is its issuer's."""
@@ -109,16 +110,18 @@ class Issuer:
         return jwt.encode(claims, self._private_key, algorithm="EdDSA", headers={"kid": self._kind})
 
     def own_token(self) -> str:
-        """Returns a token that names this process itself, made anew at half its life."""
+        """Returns a token that names this process itself, renewed at half its life or if clocks jump."""
         token, made = self._own
-        if time.monotonic() - made > TOKEN_SECONDS / 2 or not token:
+        if not 0 <= time.time() - made < TOKEN_SECONDS / 2:
             token = self.issue(self._kind)
-            self._own = (token, time.monotonic())
+            self._own = (token, time.time())
         return token
 
     def own_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Returns the metadata of a call made in this process's own name."""
-        return (("authorization", f"Bearer {self.own_token()}"),)
+        """Returns the metadata of a call in this process's own name, for the request that is worked for."""
+        authorization = ("authorization", f"Bearer {self.own_token()}")
+        request_id = current_request_id()
+        return (authorization, (REQUEST_ID_HEADER, request_id)) if request_id else (authorization,)
 
 
 class Verifier:

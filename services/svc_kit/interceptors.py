@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -28,6 +30,7 @@ from svc_kit.errors import (
     to_status,
 )
 from svc_kit.identity import Identity, Kind, Scope, set_current_identity
+from svc_kit.log import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER, without_keys
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +42,10 @@ OPEN_SERVICES = frozenset(
         "grpc.reflection.v1alpha.ServerReflection",
     }
 )
+
+
+# A trainer renews its lease every second; Envoy asks the auth check at every call.
+_FREQUENT_CALLERS: frozenset[Kind] = frozenset({"trainer", "authz"})
 
 
 class TokenVerifier(Protocol):
@@ -104,11 +111,14 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
         async def served(request: Any, context: Any) -> AsyncIterator[Callable[[Any], None]]:
             """Lets a call in or ends it with a status; gives a function that takes note of its response."""
             structlog.contextvars.clear_contextvars()
-            structlog.contextvars.bind_contextvars(rpc=rpc, request_id=str(metadata.get("x-request-id", "-")))
+            started = time.monotonic()
+            request_id = without_keys(str(metadata.get(REQUEST_ID_HEADER, ""))[:MAX_REQUEST_ID_CHARS]) or None
+            structlog.contextvars.bind_contextvars(rpc=rpc, request_id=request_id)
             record = None
             result = "cancelled"
             try:
                 identity = self._admit(rpc.split("/")[1], str(metadata.get("authorization", "")))
+                structlog.contextvars.bind_contextvars(caller=identity.kind)
                 set_current_identity(identity)
                 if identity.kind == "account" and not is_read(rpc):
                     record = AuditRecord(identity)
@@ -116,11 +126,14 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
                 _check_scope(identity, rpc)
                 yield record.note if record else lambda _response: None
                 result = "ok"
+                _log_answered(started)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
                 known = _known(error)
                 result = known.code
+                if known.http_status < 500:
+                    _log_answered(started, code=known.code)
                 # The transcoder sends a response's status as soon as initial metadata comes, so none may
                 # precede this.
                 await context.abort_with_status(to_status(known))
@@ -138,6 +151,13 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
         if identity.kind not in self._allow.get(service, frozenset()):
             raise PermissionDenied(f"A caller of the kind {identity.kind} may not call {service}.")
         return identity
+
+
+def _log_answered(started: float, **facts: Any) -> None:
+    """Writes a line for a call that got its answer; for those that come several a second, if asked to."""
+    is_frequent = structlog.contextvars.get_contextvars().get("caller") in _FREQUENT_CALLERS
+    level = logging.DEBUG if is_frequent else logging.INFO
+    log.log(level, "rpc answered", seconds=round(time.monotonic() - started, 4), **facts)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -111,18 +111,37 @@ class ObjectStore:
             await asyncio.wait([storing])
             raise
 
-    async def put_folder(self, prefix: str, folder: Path) -> None:
-        """Stores every file below a folder under `prefix` and its relative path."""
+    async def put_folder(
+        self, prefix: str, folder: Path, before_each: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Stores every file below a folder under `prefix` and its relative path.
+
+        Args:
+            prefix: with a slash at its end.
+            folder: what to store.
+            before_each: waited for before each file.
+        """
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if before_each is not None:
+                await before_each()
             await self.put_file(prefix + path.relative_to(folder).as_posix(), path)
 
-    async def get_folder(self, prefix: str, folder: Path) -> None:
+    async def get_folder(self, prefix: str, folder: Path, *, without: str | None = None) -> None:
         """Fetches every object under `prefix` into a folder, which it makes.
+
+        Args:
+            prefix: with a slash at its end.
+            folder: where they go.
+            without: a folder below `prefix` that is left out.
 
         Raises:
             NotFound: there is no such object.
         """
-        objects = await self.list(prefix)
+        objects = [
+            stored
+            for stored in await self.list(prefix)
+            if without is None or not stored.key.startswith(f"{prefix}{without}/")
+        ]
         if not objects:
             raise NotFound(f"there is no object under {prefix}")
         for stored in objects:
@@ -209,3 +228,17 @@ class ObjectStore:
                 raise MinioException(f"{error.name} can't be removed: {error.message}")
 
         await asyncio.to_thread(remove)
+
+    async def abort_uploads(self, prefix: str) -> None:
+        """Removes the parts of uploads under a prefix that broke off, up to a thousand of them.
+
+        A process that is killed while it stores a large object leaves them, and `list` doesn't show them.
+        """
+
+        def abort() -> None:
+            # The SDK's own calls for this aren't public.
+            for upload in self._client._list_multipart_uploads(self.bucket, prefix=prefix).uploads:
+                assert upload.upload_id, "an upload under way has an id"
+                self._client._abort_multipart_upload(self.bucket, upload.object_name, upload.upload_id)
+
+        await asyncio.to_thread(abort)

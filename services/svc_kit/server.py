@@ -13,8 +13,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from svc_kit.addresses import grpc_target
 from svc_kit.identity import Kind, Verifier
 from svc_kit.interceptors import ServingInterceptor
+from svc_kit.tls import Tls
 
 log = structlog.get_logger(__name__)
 
@@ -32,8 +34,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_SIZE_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second process on the port is an error, not a load balancer
 )
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     *_SIZE_OPTIONS,
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
     # A service that was restarted is found again within a second, not after gRPC's usual 20.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -87,9 +90,20 @@ def make_server(
     return server, health_servicer
 
 
-def connect(address: str) -> grpc.aio.Channel:
-    """Returns a channel to another service of the stack; it connects when first used."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def connect(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """Returns a channel to another service of the stack; it connects when first used.
+
+    Args:
+        address: of the service, or of its replicas, with commas between: those that are well share the calls.
+        tls: what this process shows and believes; None where services speak no TLS. Replicas' certificates
+            must be good for the host of the first.
+    """
+    target = grpc_target(address)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    # Of several addresses gRPC would make one name that no certificate has.
+    authority = ("grpc.default_authority", address.partition(",")[0])
+    return grpc.aio.secure_channel(target, tls.channel_credentials(), options=(*CHANNEL_OPTIONS, authority))
 
 
 async def serve(
@@ -97,6 +111,7 @@ async def serve(
     health_servicer: health.aio.HealthServicer,
     listen: str,
     background: Sequence[Coroutine[Any, Any, None]] = (),
+    tls: Tls | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then lets calls end for `DRAIN_SECONDS`.
 
@@ -106,6 +121,7 @@ async def serve(
         listen: HOST:PORT to bind.
         background: works that go on beside the calls. None of them ends by itself; one that fails ends the
             service, so that whoever supervises it starts it again.
+        tls: what this process shows and believes; None: it speaks no TLS.
 
     Raises:
         RuntimeError: the address can't be bound.
@@ -115,7 +131,10 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    port = server.add_insecure_port(listen)
+    if tls is None:
+        port = server.add_insecure_port(listen)
+    else:
+        port = server.add_secure_port(listen, tls.server_credentials())
     await server.start()
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     log.info("serving", listen=listen, port=port)

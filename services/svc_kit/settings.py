@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from svc_kit.tls import Tls
 
 Settings = TypeVar("Settings", bound=BaseSettings)
 _WRONG_SETTINGS_EXIT_CODE = 2
@@ -25,8 +27,8 @@ def read_environment(settings: type[Settings]) -> Settings:
         return settings()
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
-            name = f"{prefix}{problem['loc'][0]}".upper() if problem["loc"] else prefix
-            print(f"{name}: {problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+            name = f"{prefix}{problem['loc'][0]}: ".upper() if problem["loc"] else ""
+            print(f"{name}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
     except SettingsError as error:
         print(f"{error}; {prefix} variables that hold a list take JSON", file=sys.stderr)
     sys.exit(_WRONG_SETTINGS_EXIT_CODE)
@@ -38,7 +40,38 @@ class TunerySettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TUNERY_", frozen=True, extra="forbid")
 
 
-class ServerSettings(TunerySettings):
+class TlsSettings(TunerySettings):
+    """TLS between the processes of the stack: all three files, or none."""
+
+    tls_cert_file: Path | None = Field(
+        None, description="PEM of this process's certificate, good for the host that others find it at."
+    )
+    tls_key_file: Path | None = Field(None, description="PEM of the certificate's key.")
+    tls_ca_file: Path | None = Field(
+        None, description="PEM of the authority whose certificates are believed, of services and of callers."
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        files = (self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
+        if any(files) and not all(files):
+            raise ValueError(
+                "TUNERY_TLS_CERT_FILE, TUNERY_TLS_KEY_FILE and TUNERY_TLS_CA_FILE go together; "
+                "set all three, or none to have no TLS between the services"
+            )
+        if self.tls is not None:
+            self.tls.check()
+        return self
+
+    @property
+    def tls(self) -> Tls | None:
+        """The files together; None where there is to be no TLS."""
+        if self.tls_cert_file and self.tls_key_file and self.tls_ca_file:
+            return Tls(self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
+        return None
+
+
+class ServerSettings(TlsSettings):
     """Where a service listens and whom it believes."""
 
     listen: str = Field("127.0.0.1:0", description="HOST:PORT that the gRPC server binds.")

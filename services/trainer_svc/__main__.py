@@ -19,7 +19,7 @@ from tunery.trainer.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 async def main(settings: TrainerSettings) -> None:
     """Works until told to stop. The server only answers for the trainer's health."""
-    channel = connect(settings.job_svc_address)
+    channel = connect(settings.job_svc_address, settings.tls)
     issuer = Issuer.load("trainer", settings.identity_dir)
     worker = Worker(
         settings.trainer_id,
@@ -29,9 +29,10 @@ async def main(settings: TrainerSettings) -> None:
         settings.models_dir,
         Probes(settings.models_dir),
         settings.work_dir,
+        settings.drain_seconds,
     )
     server, health = make_server([], Verifier(settings.identity_dir))
-    await serve(server, health, settings.listen, [worker.run()])
+    await serve(server, health, settings.listen, [worker.run()], tls=settings.tls)
     await channel.close()
 
 

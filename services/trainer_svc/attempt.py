@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
 from svc_kit.catalog import BaseModelEntry, Catalog
-from svc_kit.errors import LeaseLost, TuneryError
+from svc_kit.errors import LeaseLost, NotFound, TuneryError
 from svc_kit.object_store import ObjectStore
 from trainer_svc.base_models import is_pulled, pull
 from trainer_svc.event_reporter import EventReporter, JobServiceClient
+from trainer_svc.event_spool import SPOOL_FILE, EventSpool
 from trainer_svc.launcher import RunProcess
 from trainer_svc.memory_watch import MemoryFull, MemoryWatch
 from trainer_svc.probes import ProbeFailed, Probes
@@ -32,6 +34,10 @@ log = structlog.get_logger(__name__)
 RENEW_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _STORE_PATIENCE_SECONDS = 300
+
+
+class RunStopped(Exception):
+    """The run stopped as it was told, and its last checkpoint is stored."""
 
 
 class RunFailed(Exception):
@@ -55,7 +61,9 @@ class Attempt:
         models_dir: Path,
         probes: Probes,
         folder: Path,
+        drain_seconds: float,
     ) -> None:
+        """Makes the attempt, and its folder anew."""
         self._lease = lease
         self._client = client
         self._store = store
@@ -63,7 +71,15 @@ class Attempt:
         self._models_dir = models_dir
         self._probes = probes
         self._folder = folder
-        self._reporter = EventReporter(client, lease)
+        self._drain_seconds = drain_seconds
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._stop_file = folder / "stop"
+        self._spool = EventSpool.create(folder / SPOOL_FILE, lease)
+        self._reporter = EventReporter(client, self._spool, lease.next_seq)
+        self._surely_leased_until = 0.0
+        self._is_renewed = asyncio.Event()
+        self._is_told_to_stop = False
         self._process: RunProcess | None = None
         self._output_dir = folder  # each run of the engine has one of its own below it
         self._newest_checkpoint: Path | None = None
@@ -73,24 +89,26 @@ class Attempt:
         """Trains the job and ends the attempt at job_svc.
 
         A lost lease (the job was cancelled, or went to another trainer) stops the run and says so to
-        job_svc. When cancelled, hands the job back.
+        job_svc. When cancelled, has the run write a last checkpoint and hands the job back.
         """
-        try:
-            outcome = await self._train_while_leased()
-        except asyncio.CancelledError:
-            await self._stop()
-            await self._end(handed_back=worker_pb2.HandedBack(reason="the trainer was stopped"), once=True)
-            raise
-        await self._stop()
-        if outcome is None:
-            log.info("the lease is lost; the run was stopped", job_id=self._lease.job_id)
-            await self._end(handed_back=worker_pb2.HandedBack(reason="the run was stopped"), once=True)
-        elif isinstance(outcome, RunFailed):
-            await self._end(failed=worker_pb2.Failed(message=outcome.message, fault=outcome.fault))
-        else:
-            await self._end(completed=outcome)
+        outcome = await self._train_while_leased()
+        self._spool.close()
+        match outcome:
+            case None:
+                log.info("the lease is lost; the run was stopped", job_id=self._lease.job_id)
+                await self._end(handed_back=worker_pb2.HandedBack(reason="the run was stopped"), once=True)
+            case RunStopped():
+                handed_back = worker_pb2.HandedBack(reason="the trainer was stopped")
+                await self._end(handed_back=handed_back, once=True)
+            case RunFailed():
+                failed = worker_pb2.Failed(message=outcome.message, fault=outcome.fault)
+                await self._end(failed=failed, once=self._is_told_to_stop)
+            case _:
+                await self._end(completed=outcome, once=self._is_told_to_stop)
+        if self._is_told_to_stop:
+            raise asyncio.CancelledError
 
-    async def _train_while_leased(self) -> worker_pb2.Completed | RunFailed | None:
+    async def _train_while_leased(self) -> worker_pb2.Completed | RunFailed | RunStopped | None:
         """Returns what came of the run; None when the lease was lost."""
         training = asyncio.create_task(self._train())
         keepers = [asyncio.create_task(self._renew()), asyncio.create_task(self._reporter.run())]
@@ -98,10 +116,19 @@ class Attempt:
             done, _ = await asyncio.wait([training, *keepers], return_when=asyncio.FIRST_COMPLETED)
             finished = done.pop()
             return await finished  # a keeper only ever raises
+        except asyncio.CancelledError:
+            self._is_told_to_stop = True
+            self._stop_file.touch()
+            working = [training, *keepers]
+            await asyncio.wait(working, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+            is_complete = training.done() and training.exception() is None
+            return training.result() if is_complete else RunStopped()
         except LeaseLost:
             return None
         except RunFailed as failure:
             return failure
+        except NotFound as error:  # what job_svc named is gone from the store
+            return RunFailed(error.message, "platform")
         except TuneryError as error:
             return RunFailed(error.message, "job" if error.http_status < 500 else "platform")
         except Exception as error:
@@ -116,8 +143,22 @@ class Attempt:
     async def _renew(self) -> None:
         request = worker_pb2.RenewLeaseRequest(job_id=self._lease.job_id, lease_token=self._lease.lease_token)
         while True:
+            asked_at = time.monotonic()
             await self._client.call_until_answered("RenewLease", request)
+            # Since job_svc counts from some time after this one.
+            self._surely_leased_until = asked_at + self._lease.lease_seconds
+            self._is_renewed.set()
             await asyncio.sleep(RENEW_SECONDS)
+
+    async def _hold_lease(self) -> None:
+        """Returns once the lease is this attempt's, and another's at no time yet.
+
+        The store knows no leases. So a trainer that was paused for longer than its own lasts asks before it
+        writes another object, and stops when it is told that the lease is lost.
+        """
+        while time.monotonic() >= self._surely_leased_until:
+            self._is_renewed.clear()
+            await self._is_renewed.wait()
 
     async def _stop(self) -> None:
         if self._process is not None:
@@ -162,7 +203,11 @@ class Attempt:
             RunFailed: the run failed or its process died.
             MemoryFull: it ran out of memory, and smaller passes may help.
         """
-        spec |= {"output_dir": str(self._output_dir), "readback_dir": str(self._output_dir / "readback")}
+        spec |= {
+            "output_dir": str(self._output_dir),
+            "readback_dir": str(self._output_dir / "readback"),
+            "stop_file": str(self._stop_file),
+        }
         spec_file = self._folder / "run_spec.json"
         spec_file.write_text(json.dumps(spec), encoding="utf-8")
         memory = MemoryWatch()
@@ -174,6 +219,9 @@ class Attempt:
             match event["kind"]:
                 case "finished":
                     return await self._complete(event)
+                case "stopped":
+                    await self._settle()
+                    raise RunStopped
                 case "failed":
                     if event["fault"] == "memory":
                         raise MemoryFull(event["message"], event["tokens_per_pass"])
@@ -224,7 +272,7 @@ class Attempt:
         assert self._process is not None
         await self._process.ended()
         prefix = f"{self._lease.attempt_prefix}wandb/"
-        await _patiently(partial(self._store.put_folder, prefix, folder))
+        await self._put_folder(prefix, folder)
         self._reporter.add("log", "files of Weights & Biases stored", None, {"wandb_prefix": prefix})
 
     async def _prepare(self) -> dict[str, Any]:
@@ -236,8 +284,6 @@ class Attempt:
         base_model_dir = await asyncio.to_thread(pull, entry, self._models_dir)
         if lease.needs_probe:
             await self._put_probe(entry)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
         spec: dict[str, Any] = _plain_numbers(
             json_format.MessageToDict(run, preserving_proto_field_name=True)
         )
@@ -311,7 +357,7 @@ class Attempt:
 
     async def _store_checkpoint(self, event: dict[str, Any]) -> None:
         prefix, folder = f"{self._lease.attempt_prefix}{event['path']}/", self._output_dir / event["path"]
-        await _patiently(partial(self._store.put_folder, prefix, folder))
+        await self._put_folder(prefix, folder)
         names = ("epoch", "step", "ends_epoch", "tokens_trained", "epochs_completed")
         message = event["message"].replace("written", "stored")
         data = {name: event[name] for name in names} | {"object_prefix": prefix}
@@ -330,15 +376,16 @@ class Attempt:
     async def _store_model(self, event: dict[str, Any]) -> None:
         """Stores the model, and reads it back for the engine to hold it against what it trained."""
         await asyncio.gather(*self._transfers)
-        await _patiently(
-            partial(self._store.put_folder, self._artifact_prefix, self._output_dir / event["path"])
-        )
+        await self._put_folder(self._artifact_prefix, self._output_dir / event["path"])
         self._reporter.add(
             "deploying", "model stored, and now checked", None, {"object_prefix": self._artifact_prefix}
         )
         partial_readback = self._output_dir / "readback.partial"
         await _patiently(partial(self._store.get_folder, self._artifact_prefix, partial_readback))
         partial_readback.rename(self._output_dir / "readback")
+
+    async def _put_folder(self, prefix: str, folder: Path) -> None:
+        await _patiently(partial(self._store.put_folder, prefix, folder, self._hold_lease))
 
     async def _complete(self, event: dict[str, Any]) -> worker_pb2.Completed:
         self._reporter.add("log", event["message"], None, {"parity_difference": event["parity_difference"]})

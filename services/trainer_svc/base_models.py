@@ -67,10 +67,16 @@ def pull(entry: BaseModelEntry, models_dir: Path) -> Path:
         PullError: the source can't be reached or doesn't hold what the entry says.
     """
     folder = base_model_dir(entry, models_dir)
+    if isinstance(entry.parsed_source, FolderSource):
+        for needed in ("config.json", "*.safetensors"):
+            if not list(folder.glob(needed)):
+                raise PullError(
+                    f"{entry.id}: {folder} holds no {needed}; put a transformers folder there, with weights "
+                    "in safetensors, since those in other formats are never loaded"
+                )
+        return folder
     if is_pulled(entry, models_dir):
         return folder
-    if isinstance(entry.parsed_source, FolderSource):
-        raise PullError(f"{entry.id}: {folder} holds no config.json; put a transformers folder there")
     models_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(models_dir / f".{entry.folder_name}.lock"):
         if not is_pulled(entry, models_dir):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from svc_kit.errors import TuneryError, Unavailable
 from svc_kit.identity import Issuer
 from svc_kit.interceptors import from_rpc_error
+from trainer_svc.event_spool import EventSpool
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 from tunery.trainer.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -65,13 +65,12 @@ class JobServiceClient:
 
 
 class EventReporter:
-    """Numbers events and sends them. What can't be sent for now is kept, and training goes on."""
+    """Numbers events and sends them. What can't be sent for now is kept on the disk, and training goes on."""
 
-    def __init__(self, client: JobServiceClient, lease: worker_pb2.Lease) -> None:
+    def __init__(self, client: JobServiceClient, spool: EventSpool, next_seq: int) -> None:
         self._client = client
-        self._lease = lease
-        self._next_seq = lease.next_seq
-        self._pending: deque[worker_pb2.Event] = deque()
+        self._spool = spool
+        self._next_seq = next_seq
         self._changed = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -84,9 +83,10 @@ class EventReporter:
             time = timestamp_pb2.Timestamp()
             time.GetCurrentTime()
         struct = json_format.ParseDict(data, struct_pb2.Struct())
-        event = worker_pb2.Event(seq=self._next_seq, time=time, kind=kind, message=message, data=struct)
+        self._spool.add(
+            worker_pb2.Event(seq=self._next_seq, time=time, kind=kind, message=message, data=struct)
+        )
         self._next_seq += 1
-        self._pending.append(event)
         self._drained.clear()
         self._changed.set()
 
@@ -99,16 +99,28 @@ class EventReporter:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            while self._pending:
-                batch = [self._pending[index] for index in range(min(len(self._pending), _BATCH_EVENTS))]
-                request = worker_pb2.ReportEventsRequest(
-                    job_id=self._lease.job_id, lease_token=self._lease.lease_token, events=batch
-                )
-                await self._client.call_until_answered("ReportEvents", request)
-                for _ in batch:
-                    self._pending.popleft()
-            self._drained.set()
+            await send(self._client, self._spool)
+            if not self._changed.is_set():
+                self._drained.set()
 
     async def drained(self) -> None:
         """Returns once every event added so far is acknowledged."""
         await self._drained.wait()
+
+
+async def send(client: JobServiceClient, spool: EventSpool) -> None:
+    """Sends a spool's events, in order, each until it is acknowledged.
+
+    Raises:
+        LeaseLost: the job is another's now, or was cancelled.
+        TuneryError: job_svc refused them otherwise.
+    """
+    while True:
+        events, position = spool.peek(_BATCH_EVENTS)
+        if not events:
+            return
+        request = worker_pb2.ReportEventsRequest(
+            job_id=spool.lease.job_id, lease_token=spool.lease.lease_token, events=events
+        )
+        await client.call_until_answered("ReportEvents", request)
+        spool.acknowledge(position)

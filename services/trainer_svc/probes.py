@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import uuid
 from pathlib import Path
 
 import structlog
@@ -61,7 +62,7 @@ class Probes:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(entry, method, dtype)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # another trainer may measure the same
         arguments = (str(base_model_dir(entry, self._models_dir)), method, dtype, str(partial))
         try:
             async with asyncio.timeout(_MEASURE_SECONDS):

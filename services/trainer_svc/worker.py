@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import structlog
 
 from svc_kit.catalog import Catalog
 from svc_kit.errors import TuneryError
+from svc_kit.log import working_for
 from svc_kit.object_store import ObjectStore
 from trainer_svc.attempt import Attempt
-from trainer_svc.event_reporter import JobServiceClient
+from trainer_svc.event_reporter import JobServiceClient, send
+from trainer_svc.event_spool import SPOOL_FILE, EventSpool
 from trainer_svc.probes import Probes
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
@@ -35,6 +38,7 @@ class Worker:
         models_dir: Path,
         probes: Probes,
         work_dir: Path,
+        drain_seconds: float,
     ) -> None:
         self._trainer_id = trainer_id
         self._client = client
@@ -43,25 +47,42 @@ class Worker:
         self._models_dir = models_dir
         self._probes = probes
         self._work_dir = work_dir
+        self._drain_seconds = drain_seconds
 
     async def run(self) -> None:
         """Works until cancelled; a run under way is handed back then."""
-        shutil.rmtree(self._work_dir, ignore_errors=True)  # what a killed trainer left
+        await self._clear_work_dir()
         for probe in self._probes.all():
             await self._client.call_until_answered("PutProbe", worker_pb2.PutProbeRequest(probe=probe))
         while True:
             lease = await self._lease()
             if lease is None:
                 continue
-            log.info("job leased", job_id=lease.job_id, attempt=lease.attempt)
-            folder = self._work_dir / lease.job_id
-            attempt = Attempt(
-                *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder)
-            )
+            with working_for(lease.request_id or None, lease.job_id):
+                await self._attempt(lease)
+
+    async def _attempt(self, lease: worker_pb2.Lease) -> None:
+        log.info("job leased", attempt=lease.attempt)
+        folder = self._work_dir / lease.job_id
+        attempt = Attempt(
+            *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder),
+            self._drain_seconds,
+        )
+        try:
+            await attempt.run()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        log.info("attempt ended", attempt=lease.attempt)
+
+    async def _clear_work_dir(self) -> None:
+        """Sends what a killed trainer had not sent, and removes what it left."""
+        for path in self._work_dir.glob(f"*/{SPOOL_FILE}"):
             try:
-                await attempt.run()
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                with closing(EventSpool(path)) as spool:
+                    await send(self._client, spool)
+            except (TuneryError, ValueError) as error:
+                log.info("events of a former attempt are dropped", path=str(path), cause=str(error))
+        shutil.rmtree(self._work_dir, ignore_errors=True)
 
     async def _lease(self) -> worker_pb2.Lease | None:
         request = worker_pb2.LeaseJobRequest(trainer_id=self._trainer_id, wait_seconds=_WAIT_SECONDS)

@@ -1,24 +1,33 @@
-"""Random requests after both contracts: no 5xx, no answer that they and docs/errors.md don't know.
+"""Random requests after both contracts and the extensions: no 5xx, no hang, no answer that they and
+docs/errors.md don't know.
 
 They come from an account without credits, so that not even a faultless request starts a training run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import hypothesis
 import pytest
 import schemathesis
+import yaml
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
+from tests.cases import num_cases
 from tests.contract.account import Account
 from tests.contract.contracts import check_response, read_first, read_second
 
-EXAMPLES = 30
+# Of all tests together: about a thousand come from the examples and edges of the schemas, the rest is random,
+# spread over the operations that take more than a few requests that differ.
+CASES = num_cases(2000)
+EXAMPLES = math.ceil((CASES - 1000) / 18)
+ANSWER_SECONDS = 30
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
 
 bounded = hypothesis.settings(
@@ -32,6 +41,10 @@ bounded = hypothesis.settings(
 
 FIRST = schemathesis.openapi.from_dict(read_first())
 SECOND = schemathesis.openapi.from_dict(read_second())
+PAGES = Path(__file__).parents[2] / "docs" / "openapi"
+FIRST_PAGE = schemathesis.openapi.from_dict(yaml.safe_load((PAGES / "fine-tuning-api.yaml").read_text()))
+SECOND_PAGE = schemathesis.openapi.from_dict(yaml.safe_load((PAGES / "config-api.yaml").read_text()))
+num_sent = 0
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +66,10 @@ def existing(poor_account: Account) -> dict[str, Any]:
 
 
 def send(account: Account, case: Any, base_url: str) -> None:
-    response = case.call(base_url=base_url, headers={"Authorization": f"Bearer {account.api_key}"})
+    global num_sent
+    num_sent += 1
+    headers = {"Authorization": f"Bearer {account.api_key}"}
+    response = case.call(base_url=base_url, headers=headers, timeout=ANSWER_SECONDS)
     request = response.request
     # The same judge as for every other test, which knows httpx's responses.
     headers = {name: ", ".join(values) for name, values in response.headers.items()}
@@ -66,6 +82,10 @@ def send(account: Account, case: Any, base_url: str) -> None:
     if judged.status_code != 400 or "path is malformed" not in judged.text:
         check_response(judged)
     case.validate_response(response, checks=CHECKS)
+
+
+def is_extension(context: Any) -> bool:
+    return bool(context.operation.definition.raw.get("x-extension"))
 
 
 def with_existing(value: Any, existing: dict[str, Any]) -> Any:
@@ -101,3 +121,25 @@ def test_jobs_of_existing_things(case: Any, poor_account: Account, existing: dic
 def test_configs_of_existing_things(case: Any, poor_account: Account, existing: dict[str, Any]) -> None:
     case.body = with_existing(case.body, existing)
     send(poor_account, case, poor_account.url)
+
+
+@FIRST_PAGE.include(is_extension).parametrize()
+@bounded
+def test_extensions_of_the_first_contract(case: Any, poor_account: Account) -> None:
+    prefix = (
+        "" if case.path.startswith("/v1/") else "/api/v1"
+    )  # chat is where the openai package looks for it
+    send(poor_account, case, f"{poor_account.url}{prefix}")
+
+
+@SECOND_PAGE.include(is_extension).parametrize()
+@bounded
+def test_extensions_of_the_second_contract(case: Any, poor_account: Account) -> None:
+    send(poor_account, case, poor_account.url)
+
+
+def test_it_was_that_many(request: pytest.FixtureRequest) -> None:
+    tests = [item for item in request.session.items if item.path == request.path]
+    if len(tests) < 20:
+        pytest.skip("some of the tests were left out")
+    assert num_sent >= CASES, num_sent

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import csv
 import io
 import os
 import socket
-import sqlite3
 from collections.abc import Callable, Iterator
 
 import httpx
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import sqlalchemy as sa
 
-from tests.conftest import RunningStack
+from tests.cases import num_cases
 from tests.contract.account import DATASETS, DIALOGS, Account, ok, qa_csv, refused
 from tests.contract.processes import eventually
 
@@ -297,12 +296,17 @@ def test_empty_file_is_refused(account: Account) -> None:
 @pytest.mark.usefixtures("nothing_stored")
 @pytest.mark.parametrize("announced", [True, False], ids=["content-length", "chunked"])
 def test_aborted_upload_stores_nothing(
-    account: Account, announced: bool, stored_datasets: Callable[[], list[str]], stack: RunningStack
+    account: Account,
+    announced: bool,
+    stored_datasets: Callable[[], list[str]],
+    stack_environment: dict[str, str],
 ) -> None:
+    database = sa.create_engine(stack_environment["TUNERY_DATABASE_URL"].replace("+aiosqlite", ""))
+
     def uploads_under_way() -> int:
-        with contextlib.closing(sqlite3.connect(stack.data_dir / "db" / "dataset_svc.sqlite")) as database:
-            query = "SELECT count(*) FROM datasets WHERE status = 'uploading'"
-            return int(database.execute(query).fetchone()[0])
+        with database.connect() as connection:
+            query = sa.text("SELECT count(*) FROM datasets WHERE status = 'uploading'")
+            return int(connection.execute(query).scalar_one())
 
     before = stored_datasets()
     host, _, port = account.url.removeprefix("http://").partition(":")
@@ -317,6 +321,7 @@ def test_aborted_upload_stores_nothing(
         connection.sendall(head.encode() + (body if announced else b"%x\r\n%s\r\n" % (len(body), body)))
         eventually(lambda: uploads_under_way() == 1, 15, "the upload to be noted")
     eventually(lambda: uploads_under_way() == 0, 15, "the aborted upload to be forgotten")
+    database.dispose()
     assert stored_datasets() == before
 
 
@@ -349,7 +354,7 @@ _CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size
 
 
 @hypothesis.settings(
-    max_examples=40,
+    max_examples=num_cases(40),
     deadline=None,
     derandomize=True,
     database=None,

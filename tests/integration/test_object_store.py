@@ -64,6 +64,8 @@ async def test_a_folder_comes_back(store: ObjectStore, prefix: str, tmp_path: Pa
     await store.put_folder(prefix, source)
     await store.get_folder(prefix, tmp_path / "copy")
     assert (tmp_path / "copy" / "inner" / "b.txt").read_text() == "b"
+    await store.get_folder(prefix, tmp_path / "part", without="inner")
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["a.txt"]
     assert [stored.key for stored in await store.list(prefix)] == [f"{prefix}a.txt", f"{prefix}inner/b.txt"]
 
 
@@ -91,3 +93,18 @@ async def test_wrong_keys_are_refused(embedded_s3: ObjectStoreSettings) -> None:
     wrong = embedded_s3.model_copy(update={"s3_secret_key": SecretStr("wrong")})
     with pytest.raises(MinioException):
         ObjectStore(wrong).create_bucket()
+
+
+async def test_the_parts_of_an_upload_that_broke_off_go(store: ObjectStore, prefix: str) -> None:
+    def begun() -> list[str]:
+        uploads = store._client._list_multipart_uploads(store.bucket, prefix=prefix).uploads
+        return sorted(upload.object_name for upload in uploads)
+
+    for name in ("x", "y/1", "y/2"):
+        store._client._create_multipart_upload(store.bucket, prefix + name, {})
+    assert begun() == [prefix + name for name in ("x", "y/1", "y/2")]
+
+    await store.abort_uploads(prefix + "y/")
+
+    assert begun() == [prefix + "x"]
+    assert await store.list(prefix) == []

@@ -28,7 +28,8 @@ from gateway.render import render
 from inference_svc.settings import InferenceSettings
 from job_svc.settings import JobSettings
 from svc_kit.identity import KINDS, Issuer, Verifier, write_identity_keys
-from svc_kit.server import make_server
+from tests.certificates import Authority
+from tests.certificates import variables as tls_variables
 from trainer_svc.settings import TrainerSettings
 from tunery.ports import free_ports
 
@@ -197,37 +198,43 @@ def test_health_is_asked_where_the_service_listens(name: str) -> None:
     assert f"127.0.0.1:{listen_port(name)}" in " ".join(SERVICES[name]["healthcheck"]["test"])
 
 
-def test_health_check_tells_a_well_server_from_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_health_check_tells_a_well_server_from_none(tmp_path: Path, is_tls: bool) -> None:
     write_identity_keys(tmp_path)
     [port] = free_ports(1)
+    tls = tls_variables(Authority(tmp_path / "tls").issue("service")) if is_tls else {}
     check = [sys.executable, str(DEPLOY / "check_health.py"), f"127.0.0.1:{port}"]
-    assert subprocess.run(check, capture_output=True, check=False).returncode == 1
+    assert subprocess.run(check, env={**os.environ, **tls}, capture_output=True, check=False).returncode == 1
     serving = subprocess.Popen(
-        [sys.executable, "-c", _SERVER, str(tmp_path), f"127.0.0.1:{port}"], stdout=subprocess.PIPE
+        [sys.executable, "-c", _SERVER],
+        env={
+            **{**os.environ, **tls},
+            "TUNERY_IDENTITY_DIR": str(tmp_path),
+            "TUNERY_LISTEN": f"127.0.0.1:{port}",
+        },
+        stdout=subprocess.PIPE,
     )
     try:
         assert serving.stdout
-        assert serving.stdout.readline() == b"serving\n"
-        assert subprocess.run(check, check=False).returncode == 0
+        assert b"serving" in serving.stdout.readline()
+        assert subprocess.run(check, env={**os.environ, **tls}, check=False).returncode == 0
+        if is_tls:
+            assert subprocess.run(check, capture_output=True, check=False).returncode == 1
     finally:
         serving.kill()
         serving.communicate()
 
 
-_SERVER = f"""
-import asyncio, sys
-from pathlib import Path
-from grpc_health.v1 import health_pb2
-from {make_server.__module__} import make_server
-from {Verifier.__module__} import Verifier
+_SERVER = """
+import asyncio
+from svc_kit.identity import Verifier
+from svc_kit.server import make_server, serve
+from svc_kit.settings import ServerSettings
 
 async def main():
-    server, health = make_server([], Verifier(Path(sys.argv[1])))
-    server.add_insecure_port(sys.argv[2])
-    await server.start()
-    await health.set("", health_pb2.HealthCheckResponse.SERVING)
-    print("serving", flush=True)
-    await server.wait_for_termination()
+    settings = ServerSettings()
+    server, health = make_server([], Verifier(settings.identity_dir))
+    await serve(server, health, settings.listen, tls=settings.tls)
 
 asyncio.run(main())
 """
@@ -292,7 +299,7 @@ def test_paths_inside_the_image_are_made_by_the_dockerfile() -> None:
             assert source in COMPOSE["volumes"]
             assert target in folders
         for value in service.get("environment", {}).values():
-            if value and value.startswith("/"):
+            if value and value.startswith("/") and not value.startswith("/dev/"):
                 assert value in folders
 
 

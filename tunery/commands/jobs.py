@@ -46,6 +46,9 @@ def create(
         float | None, typer.Option(help="The share of the rows kept for validation, 0 to 1.")
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Goes into the new model's id.")] = None,
+    priority: Annotated[
+        int, typer.Option(help="Of your own queued jobs the highest goes first, -100 to 100.")
+    ] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it has ended.")] = False,
     data_dir: DataDir = None,
     as_json: AsJson = False,
@@ -64,7 +67,9 @@ def create(
         if os.sep in dataset or dataset.lower().endswith(".csv") or Path(dataset).is_file():
             dataset = upload_with_progress(client, Path(dataset), None)["id"]
         base_model = model or client.list_base_models()[0]["id"]
-        job = client.create_job(base_model, dataset, cast("TaskType", task), hyperparameters, suffix)
+        job = client.create_job(
+            base_model, dataset, cast("TaskType", task), hyperparameters, suffix, priority
+        )
         if not follow:
             _print_job(job, as_json)
             return
@@ -124,6 +129,9 @@ def show(job_id: JobId, data_dir: DataDir = None, as_json: AsJson = False) -> No
 @app.command()
 def logs(
     job_id: JobId,
+    priority: Annotated[
+        int, typer.Option(help="Of your own queued jobs the highest goes first, -100 to 100.")
+    ] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
     data_dir: DataDir = None,
     as_json: AsJson = False,

@@ -6,7 +6,6 @@ both cases, so what a launcher reads is the `failed` event.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -15,9 +14,9 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from svc_kit.parent_death import die_with_parent
+from svc_kit.parent_death import die_with_command
 from trainer_svc.engine.device import make_deterministic
-from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory
+from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog
 from trainer_svc.engine.gradients import is_out_of_memory
 from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
@@ -29,7 +28,7 @@ _FIRST_RANK_REPORTS_SECONDS = 10
 
 def main(arguments: list[str]) -> int:
     """Runs the specification that the one argument names. Returns the exit code."""
-    die_with_parent(os.getppid())  # no run outlives its launcher
+    die_with_command()  # no run outlives its launcher
     # At once: a cancelled job's work is thrown away, and checkpoints appear whole or not at all.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if len(arguments) != 1:
@@ -61,6 +60,8 @@ def run(spec: RunSpec, group: ProcessGroup) -> int:
     events = EventLog(spec.output_dir, silent=not group.is_first)
     try:
         train(spec, group, events)
+    except Stopped:
+        pass
     except JobFault as error:
         return _fail(events, group, str(error), "job")
     except OutOfMemory as error:

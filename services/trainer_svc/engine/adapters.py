@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -30,8 +33,12 @@ def add_adapters(model: PreTrainedModel, method: LoraMethod, extras: Extras, bas
         base_model_id: what the adapter's config calls the base model.
 
     Raises:
-        JobFault: the method names a matrix that the model doesn't have; the message lists those it has.
+        JobFault: the method names a matrix that the model doesn't have; the message lists those it has. Or
+            DoRA is asked for on a matrix that it can't be put on.
     """
+    modules = target_modules(model, method)
+    if extras.lora_variant == "dora":
+        _check_no_zero_rows(model, modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_id,
@@ -40,14 +47,11 @@ def add_adapters(model: PreTrainedModel, method: LoraMethod, extras: Extras, bas
         lora_dropout=extras.lora_dropout,
         use_rslora=extras.lora_variant == "rslora",
         use_dora=extras.lora_variant == "dora",
-        target_modules=target_modules(model, method),
+        target_modules=modules,
     )
     # peft writes this name into the adapter's config, and else the folder that the model was loaded from.
     model.name_or_path = base_model_id
-    with warnings.catch_warnings():
-        # peft warns that an adapted output head is tied to the embedding. Merging would then change
-        # both; adapters that stay apart, as ours do, are right.
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+    with _tied_heads_allowed():
         # peft still asks by transformers' old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -56,6 +60,37 @@ def add_adapters(model: PreTrainedModel, method: LoraMethod, extras: Extras, bas
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _check_no_zero_rows(model: PreTrainedModel, modules: list[str]) -> None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in modules and isinstance(module, nn.Linear):
+            num_zero_rows = int((module.weight.detach().norm(dim=1) == 0).sum())
+            if num_zero_rows:
+                raise JobFault(
+                    f"lora_variant dora divides by the norm of each row of {name}, and {num_zero_rows} of "
+                    "them are zero (of tokens that are never used, in an output head); leave the matrix out, "
+                    "or take lora or rslora"
+                )
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Puts a stored adapter beside the model's matrices.
+
+    Raises:
+        OSError: and others of peft's, when the folder is damaged or of another model.
+    """
+    with _tied_heads_allowed():
+        return PeftModel.from_pretrained(model, str(folder))
+
+
+@contextmanager
+def _tied_heads_allowed() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # peft warns that an adapted output head is tied to the embedding. Merging would then change both;
+        # adapters that stay apart are right, and `merging.py` unties the two.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        yield
 
 
 def target_modules(model: PreTrainedModel, method: LoraMethod) -> list[str]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from trainer_svc.engine.run_spec import LoraMethod, RunSpec
 
 ARTIFACT_DIR = "artifact"
+MERGED_DIR = "merged"  # below it
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def _usage(spec: RunSpec, *, is_lora: bool) -> list[str]:
         "base = AutoModelForCausalLM.from_pretrained(base_model_folder)  # " + spec.base_model_id,
         "model = PeftModel.from_pretrained(base, this_folder)",
         "```",
+        *(
+            ["", f"In `{MERGED_DIR}/` is the model with the adapter merged in."]
+            if spec.extras.save_merged
+            else []
+        ),
     ]
 
 

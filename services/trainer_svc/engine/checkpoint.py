@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -152,52 +153,74 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies, on the CPU, of all that training changes; training can go on while they are written.
+    """All that training changes.
 
     Attributes:
         weights: the adapter's, or all of the model's; by the names of the model's state.
         optimizer: its tensors by `SLOT/PARAMETER`.
+        is_live: whether these are the tensors in use, which the next optimizer step changes.
     """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    is_live: bool
+
+    def copied(self) -> Snapshot:
+        """Copies on the CPU, which training doesn't change."""
+        if not self.is_live:
+            return self
+        return Snapshot(
+            {name: _whole_copy(tensor) for name, tensor in self.weights.items()},
+            {name: _whole_copy(tensor) for name, tensor in self.optimizer.items()},
+            is_live=False,
+        )
 
 
 def take_snapshot(
     model: PreTrainedModel | PeftModel, optimizer: torch.optim.Optimizer | None, *, keep: bool
 ) -> Snapshot:
-    """Copies the state. Every process must call it: sharded tensors are put together on the way.
+    """Returns the state: live, but copied where sharded tensors have to be put together anyway.
+
+    Every process must call it.
 
     Args:
         model: trained by the engine.
-        optimizer: its state is copied too; None leaves it out.
-        keep: whether this process wants the copies; the others return empty ones.
+        optimizer: None leaves its state out.
+        keep: whether this process wants the state; the others return an empty one.
     """
     learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # Tied weights are one tensor with two names, and are written once.
     tied = set(model.all_tied_weights_keys)
-    weights: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if (name in learnt) if isinstance(model, PeftModel) else (name not in tied):
-            copy = _whole_copy(tensor, keep=keep)
-            if keep:
-                weights[name] = copy
+    weights = {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if ((name in learnt) if isinstance(model, PeftModel) else (name not in tied))
+    }
     state: dict[str, Tensor] = {}
     if optimizer is not None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        for parameter, slots in optimizer.state.items():
-            for slot, tensor in slots.items():
-                copy = _whole_copy(tensor, keep=keep)
-                if keep:
-                    state[f"{slot}/{names[parameter]}"] = copy
-    return Snapshot(weights, state)
+        state = {
+            f"{slot}/{names[parameter]}": tensor.detach()
+            for parameter, slots in optimizer.state.items()
+            for slot, tensor in slots.items()
+        }
+    is_live = not any(isinstance(tensor, DTensor) for tensor in weights.values())
+    if not is_live:
+        weights, state = _put_together(weights, keep=keep), _put_together(state, keep=keep)
+    return Snapshot(weights, state, is_live) if keep else Snapshot({}, {}, is_live=False)
 
 
-def _whole_copy(tensor: Tensor, *, keep: bool) -> Tensor:
-    whole = tensor.detach()
-    if isinstance(whole, DTensor):
-        whole = whole.full_tensor()
-    return whole.to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else whole
+def _put_together(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    whole = {}
+    for name, tensor in tensors.items():
+        copy = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:  # on the CPU one by one: together they may not fit a device
+            whole[name] = _whole_copy(copy)
+    return whole
+
+
+def _whole_copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def save_model(
@@ -241,20 +264,45 @@ def save_training_state(folder: Path, state: TrainingState, optimizer: dict[str,
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time and in order."""
+    """Copies and writes checkpoints in the background, one at a time and in order.
+
+    The next step's passes only read what is copied. So training waits for a copy just before it changes
+    the weights, and hardly ever has to.
+    """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._last: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_use_one_core)
+        self._copying: Future[Snapshot] | None = None
+        self._writing: Future[None] | None = None
+        self._waiting_since: float | None = None
 
-    def write(self, write: Callable[[], None]) -> None:
-        """Has `write` called. Waits while the one before is still written: two would hold two copies.
+    def write(self, state: Snapshot, write: Callable[[Snapshot, float], None]) -> None:
+        """Has a copy of `state` written. Waits while the one before still is: two would hold two copies.
+
+        Args:
+            state: as it is in use; not to be changed before `wait_for_copy` has returned.
+            write: called with the copy, and with the seconds for which training waited for it.
 
         Raises:
             OSError: the one before could not be written.
         """
+        started_at = time.perf_counter()
         self.wait()
-        self._last = self._thread.submit(write)
+        self._waiting_since = None
+        waited = time.perf_counter() - started_at
+        copying = self._copying = self._thread.submit(state.copied)
+        self._writing = self._thread.submit(lambda: write(copying.result(), waited + self._waited_for_copy()))
+
+    def _waited_for_copy(self) -> float:
+        since = self._waiting_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def wait_for_copy(self) -> None:
+        """Returns once the state may be changed."""
+        if self._copying is not None:
+            self._waiting_since = None if self._copying.done() else time.perf_counter()
+            self._copying.result()
+            self._copying = None
 
     def wait(self) -> None:
         """Returns once all is written.
@@ -262,13 +310,18 @@ class CheckpointWriter:
         Raises:
             OSError: it could not be written.
         """
-        if self._last is not None:
-            last, self._last = self._last, None
-            last.result()
+        self.wait_for_copy()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> None:
         """Waits for what is being written, and ends the thread."""
         self._thread.shutdown()
+
+
+def _use_one_core() -> None:
+    torch.set_num_threads(1)  # of this thread; the steps have the others
 
 
 def read_training_state(folder: Path, identity: RunIdentity) -> TrainingState:

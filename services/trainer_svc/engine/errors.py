@@ -30,5 +30,9 @@ class OutOfMemory(RuntimeError):
         self.tokens_per_pass = tokens_per_pass
 
 
+class Stopped(Exception):
+    """The run was told to stop. Its checkpoint is written, and another run goes on from it."""
+
+
 class Diverged(ArithmeticError):
     """The loss or its gradient was infinite or not a number in too many steps in a row."""

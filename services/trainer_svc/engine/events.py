@@ -1,6 +1,7 @@
 """What a run tells the outside: one JSON object a line in `events.jsonl`, each with a line for people.
 
-Kinds: `log`, `step`, `validation`, `checkpoint`, `checkpoint_removed`, `artifact`, `finished`, `failed`.
+Kinds: `log`, `step`, `validation`, `checkpoint`, `checkpoint_removed`, `artifact`, and at the end one of
+`finished`, `stopped`, `failed`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from typing import Any, Literal
 EVENTS_FILE = "events.jsonl"
 
 Kind = Literal[
-    "log", "step", "validation", "checkpoint", "checkpoint_removed", "artifact", "finished", "failed"
+    "log",
+    "step",
+    "validation",
+    "checkpoint",
+    "checkpoint_removed",
+    "artifact",
+    "finished",
+    "stopped",
+    "failed",
 ]
 
 # Called with each event after it is written.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from trainer_svc.engine.fast_path import fast_loss, is_fast
+from trainer_svc.engine.layers.speed_up import fast_loss, is_fast
 from trainer_svc.engine.packing import Pack
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer_svc.engine.examples import Example
-from trainer_svc.engine.segment_attention import SegmentAttention, Segments
+from trainer_svc.engine.layers.segment_attention import SegmentAttention, Segments
 
 PACKED_ATTENTION = "tunery_packed"
 
@@ -67,7 +67,7 @@ def make_pack(examples: Sequence[Example], device: torch.device, *, share_prefix
         device: where the tensors go.
         share_prefix: lay what all examples begin with only once, if it's worth it: a chat template's or the
             rows' own system message. A causal model computes the same for it in every row. Only for
-            `fast_path`.
+            `layers`.
     """
     shared = _shared_prefix(examples) if share_prefix else 0
     # A row's last target is predicted from what is before it; what follows is seen by nothing that counts.
@@ -182,7 +182,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment, in the shape of transformers' attention functions.
 
-    For models that `fast_path` doesn't cover.
+    For models that `layers` doesn't cover.
 
     Args:
         module: the layer; unused.

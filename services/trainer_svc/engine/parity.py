@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trainer_svc.engine.adapters import load_adapters
+from trainer_svc.engine.artifact import MERGED_DIR
 from trainer_svc.engine.base_model import load_base_model
 from trainer_svc.engine.examples import Example, part_of
 from trainer_svc.engine.packing import make_pack
@@ -67,7 +68,7 @@ def check_parity(
     """Loads an artifact as its users will and holds its logits against the trained model's.
 
     Args:
-        folder: the artifact: an adapter, or a whole model.
+        folder: the artifact: an adapter, a merged model in it where there is one, or a whole model.
         reference: from the trained model.
         spec: the run's; the base model is loaded anew from it.
         workload: for the number formats only.
@@ -80,16 +81,29 @@ def check_parity(
     Raises:
         ParityError: the difference is above `TOLERANCE`, or the artifact can't be loaded.
     """
-    is_lora = isinstance(spec.method, LoraMethod)
+    stored: list[tuple[Path, Path | None]] = [(folder, None)]
+    if isinstance(spec.method, LoraMethod):
+        stored = [(spec.base_model_dir, folder)]
+        if spec.extras.save_merged:
+            stored.append((folder / MERGED_DIR, None))
+    return max(_difference(*each, reference, spec, workload, device) for each in stored)
+
+
+def _difference(
+    model_dir: Path,
+    adapter_dir: Path | None,
+    reference: Reference,
+    spec: RunSpec,
+    workload: Workload,
+    device: torch.device,
+) -> float:
     # transformers' own attention: the engine's must not vouch for itself.
     plain = spec.extras.model_copy(update={"packing": False, "attention": "sdpa"})
-    weights_dtype = workload.dtype if is_lora else workload.stored_dtype
+    weights_dtype = workload.stored_dtype if adapter_dir is None else workload.dtype
     try:
-        loaded = load_base_model(
-            spec.base_model_dir if is_lora else folder, weights_dtype, device, plain
-        ).model
-        model = PeftModel.from_pretrained(loaded, str(folder)) if is_lora else loaded
-        logits = _logits(model, reference.rows, workload.dtype, device, packs_rows=False)
+        model = load_base_model(model_dir, weights_dtype, device, plain).model
+        adapted = model if adapter_dir is None else load_adapters(model, adapter_dir)
+        logits = _logits(adapted, reference.rows, workload.dtype, device, packs_rows=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ParityError(f"the stored model can't be loaded: {error}") from error
     difference = max(
@@ -98,8 +112,9 @@ def check_parity(
     coarsest = max((workload.dtype, weights_dtype), key=lambda dtype: TOLERANCE[dtype])
     # Not `difference > tolerance`: a NaN is no parity.
     if not difference <= TOLERANCE[coarsest]:
+        name = "merged model" if model_dir.name == MERGED_DIR else "model"
         raise ParityError(
-            f"the stored model is not the trained one: their logits differ by {difference:.2g}, "
+            f"the stored {name} is not the trained one: their logits differ by {difference:.2g}, "
             f"and {TOLERANCE[coarsest]:g} is allowed for rounding"
         )
     return difference

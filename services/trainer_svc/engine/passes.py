@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer_svc.engine.examples import Example
-from trainer_svc.engine.fast_path import is_fast
+from trainer_svc.engine.layers.segment_attention import uses_flash
+from trainer_svc.engine.layers.speed_up import is_fast
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import Pack, group_rows, make_pack
 from trainer_svc.engine.run_spec import TOKENS_PER_PASS
-from trainer_svc.engine.segment_attention import uses_flash
 
 # Below this a pass takes as long as reading the weights, which all cores do better together.
 _MIN_TOKENS_AT_ONCE = 128

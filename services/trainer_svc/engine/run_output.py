@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from trainer_svc.engine.checkpoint import (
     write_folder,
 )
 from trainer_svc.engine.events import EventLog
+from trainer_svc.engine.merging import write_merged
 from trainer_svc.engine.parity import check_parity, reference_of, wait_for
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.run_spec import RunSpec
@@ -47,7 +47,9 @@ class RunOutput:
     def checkpoint(
         self, state: TrainingState, validation_loss: float | None, *, ends_epoch: bool
     ) -> TrainingState:
-        """Copies what training changes, and has it written while training goes on.
+        """Has what training changes copied and written, while training goes on.
+
+        `wait_for_copy` must be called before anything is changed.
 
         Args:
             state: the run's.
@@ -62,23 +64,26 @@ class RunOutput:
         )
         kept, removed = split_kept((*state.checkpoints, mark), self._spec.extras.keep_checkpoints)
         state = state.model_copy(update={"checkpoints": kept})
-        started_at = time.perf_counter()
-        self._writer.wait()
         snapshot = take_snapshot(self._workload.model, self._workload.optimizer, keep=self._group.is_first)
-        waited_seconds = time.perf_counter() - started_at
         if self._group.is_first:
-            self._writer.write(
-                partial(self._write_checkpoint, state, snapshot, mark, removed, waited_seconds)
-            )
+            self._writer.write(snapshot, partial(self._write_checkpoint, state, mark, removed))
         return state
+
+    def wait(self) -> None:
+        """Returns once all checkpoints are written."""
+        self._writer.wait()
+        self._group.wait_for_all()
+
+    def wait_for_copy(self) -> None:
+        """Returns once the weights and the optimizer's state may be changed."""
+        self._writer.wait_for_copy()
 
     def newest_checkpoint(self, state: TrainingState) -> Path | None:
         """Returns the folder of a run's last checkpoint, once it is written; None when there is none.
 
         Every process must call it.
         """
-        self._writer.wait()
-        self._group.wait_for_all()
+        self.wait()
         if not state.checkpoints:
             return None
         folder = self._spec.output_dir / state.checkpoints[-1].path
@@ -87,9 +92,9 @@ class RunOutput:
     def _write_checkpoint(
         self,
         state: TrainingState,
-        snapshot: Snapshot,
         mark: CheckpointMark,
         removed: tuple[CheckpointMark, ...],
+        snapshot: Snapshot,
         waited_seconds: float,
     ) -> None:
         workload = self._workload
@@ -134,7 +139,7 @@ class RunOutput:
         spec, workload = self._spec, self._workload
         self._writer.wait()
         reference = reference_of(workload, self._group)
-        snapshot = take_snapshot(workload.model, None, keep=self._group.is_first)
+        snapshot = take_snapshot(workload.model, None, keep=self._group.is_first).copied()
         if self._group.is_first:
             write_folder(spec.output_dir / ARTIFACT_DIR, partial(self._fill_artifact, state, snapshot))
             self._events.write("artifact", "model written", path=ARTIFACT_DIR)
@@ -161,6 +166,8 @@ class RunOutput:
     def _fill_artifact(self, state: TrainingState, snapshot: Snapshot, folder: Path) -> None:
         workload = self._workload
         save_model(workload.model, workload.tokenizer, snapshot.weights, folder, workload.stored_dtype)
+        if self._spec.extras.save_merged:
+            write_merged(folder, self._spec.base_model_dir, workload.stored_dtype)
         self._write_card(folder, state)
         if self._spec.train_log_file is not None:
             shutil.copyfile(

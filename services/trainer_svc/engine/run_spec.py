@@ -109,6 +109,8 @@ class Extras(_Spec):
             `dora` learns their magnitude apart (Liu et al. 2024, arXiv:2402.09353).
         quantize_base: `nf4` holds the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023,
             arXiv:2305.14314; bitsandbytes, GPU only).
+        save_merged: also store the base model with the adapter merged in, in the folder `merged` of the
+            model's files, for servers that take no adapters.
     """
 
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -135,6 +137,7 @@ class Extras(_Spec):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     lora_variant: Literal["lora", "rslora", "dora"] = "lora"
     quantize_base: Literal["none", "nf4"] = "none"
+    save_merged: bool = False
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Extras:
@@ -142,10 +145,12 @@ class Extras(_Spec):
             raise ValueError(f"packing needs attention auto, not {self.attention}: leave one of them out")
         if self.early_stopping_min_gain and self.early_stopping_patience is None:
             raise ValueError("early_stopping_min_gain needs early_stopping_patience")
+        if self.save_merged and self.quantize_base != "none":
+            raise ValueError("save_merged needs the base model's own weights: leave quantize_base out")
         return self
 
 
-_LORA_EXTRAS = ("lora_dropout", "lora_variant", "quantize_base")
+_LORA_EXTRAS = ("lora_dropout", "lora_variant", "quantize_base", "save_merged")
 _VALIDATION_EXTRAS = ("eval_every_steps", "early_stopping_patience")
 
 
@@ -202,6 +207,8 @@ class RunSpec(_Spec):
             reads the events.
         readback_dir: where the artifact will appear as it was read back from where it is kept, to be held
             against the trained model; None takes the artifact as it was written.
+        stop_file: once this file exists, the run writes a checkpoint after the step under way and stops; None
+            runs to the end.
         train_log_file: name of a plain log file to write among the artifact's files; None writes none.
         wandb_project: Weights & Biases project to log to; None doesn't.
     """
@@ -225,6 +232,7 @@ class RunSpec(_Spec):
     tokens_per_pass: int | None = Field(default=None, ge=1)
     leaves_removed_checkpoints: bool = False
     readback_dir: Path | None = None
+    stop_file: Path | None = None
     train_log_file: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
     wandb_project: str | None = Field(default=None, min_length=1, max_length=128)
 

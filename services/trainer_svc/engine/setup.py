@@ -16,7 +16,7 @@ from trainer_svc.engine.base_model import compute_dtype, load_base_model
 from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_checkpoint, read_training_state
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import ExampleSet, load_examples
-from trainer_svc.engine.fast_path import speed_up
+from trainer_svc.engine.layers.speed_up import speed_up
 from trainer_svc.engine.optimizer import make_optimizer
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed

@@ -14,7 +14,7 @@ from peft.helpers import disable_input_dtype_casting
 from trainer_svc.engine.artifact import ARTIFACT_DIR
 from trainer_svc.engine.checkpoint import TrainingState
 from trainer_svc.engine.device import make_deterministic, matrix_peak_flops, peak_memory_bytes
-from trainer_svc.engine.errors import Diverged, JobFault
+from trainer_svc.engine.errors import Diverged, JobFault, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog, Subscriber, format_duration, plain_log
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.flops import FlopCounts
@@ -80,6 +80,7 @@ def train(spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:
         JobFault: the run can't succeed as it was asked for.
         CheckpointError: `resume_from` is damaged or of another run.
         OutOfMemory: sharded weights leave too little memory; smaller passes may help.
+        Stopped: the specification's `stop_file` appeared.
         ParityError: the stored model is not the trained one.
     """
     with ExitStack() as cleanup:
@@ -156,12 +157,14 @@ class Loop:
 
         Raises:
             Diverged: too many steps in a row had no finite gradients.
+            Stopped: it was told to stop before the last step.
         """
         plan = self._workload.plan
         with self._adapters_take_any_dtype():
             while self._state.step < plan.total_steps and not self._stops_early:
                 self._take_step(self._state.step + 1)
                 self._after_step()
+                self._stop_if_told()
             if self._stops_early:
                 self._events.log(
                     f"stopped early after step {self._state.step}: the validation loss had no gain in "
@@ -191,6 +194,7 @@ class Loop:
         rows = self._step_rows(step)
         self._progress.start_step()
         result = self._gradients.compute(rows, step)
+        self._output.wait_for_copy()
         if result.is_finite:
             self._workload.optimizer.step()
         self._workload.optimizer.zero_grad(set_to_none=True)
@@ -281,6 +285,18 @@ class Loop:
             self._state = self._output.checkpoint(
                 self._state, loss, ends_epoch=ends_epoch or self._stops_early
             )
+
+    def _stop_if_told(self) -> None:
+        stop_file, state = self._spec.stop_file, self._state
+        is_last = state.step == self._workload.plan.total_steps or self._stops_early
+        if stop_file is None or is_last or not self._group.largest(int(stop_file.exists())):
+            return
+        if not state.checkpoints or state.checkpoints[-1].step != state.step:
+            self._state = self._output.checkpoint(state, None, ends_epoch=False)
+        self._output.wait()
+        message = f"stopped after step {state.step}, as it was told"
+        self._events.write("stopped", message, step=state.step)
+        raise Stopped(message)
 
     @property
     def _stops_early(self) -> bool:

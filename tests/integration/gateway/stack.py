@@ -24,6 +24,7 @@ from gateway.render import GatewaySettings, render
 from svc_kit.database import Database, migrate
 from svc_kit.identity import Issuer, Verifier, write_identity_keys
 from svc_kit.server import connect
+from tests.conftest import own_database
 from tests.integration.gateway.upstreams import Upstreams, make_upstream
 
 ROOT = Path(__file__).parents[3]
@@ -113,6 +114,8 @@ async def run_envoy(
     async def listening() -> str | None:
         assert process.returncode is None, (folder / "envoy.log").read_text()
         try:
+            if (await client.get("/ready")).status_code != httpx.codes.OK:  # asks its upstreams how they are
+                return None
             answer = await client.get("/listeners", params={"format": "json"})
         except httpx.TransportError:
             return None
@@ -173,7 +176,8 @@ async def run_gateway(folder: Path, **settings: Any) -> AsyncIterator[Gateway]:
         for name in ("dataset_svc", "job_svc", "inference_svc"):
             server = make_upstream(name, upstreams, Verifier(keys))
             addresses[f"{name}_address"] = await stack.enter_async_context(run_server(server))
-        database_url = f"sqlite+aiosqlite:///{folder / 'authz.db'}"
+        sqlite = {"TUNERY_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'authz.db'}"}
+        database_url = {**sqlite, **own_database(folder)}["TUNERY_DATABASE_URL"]
         addresses["authz_address"] = await stack.enter_async_context(
             run_authz(keys, addresses["job_svc_address"], database_url)
         )

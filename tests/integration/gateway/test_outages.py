@@ -34,7 +34,7 @@ def free_address() -> str:
 
 
 def without_retries(configuration: str) -> str:
-    return configuration.replace("num_retries: 5", "num_retries: 0")
+    return configuration.replace("num_retries: 16", "num_retries: 0")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -94,6 +94,39 @@ async def test_a_create_that_may_have_been_done_is_not_sent_again(tmp_path: Path
 
         assert answer.status_code in (499, 503)
         assert len(gateway.upstreams.calls) == 1
+
+
+async def test_a_create_with_a_key_is_sent_again_when_its_service_dies(tmp_path: Path) -> None:
+    address = free_address()
+    host, port = address.split(":")
+    connections: list[asyncio.StreamWriter] = []
+
+    async def listen(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+
+    async with run_gateway(tmp_path, job_svc_address=address) as gateway:
+        deaf = await asyncio.start_server(listen, host, int(port))
+        calls = [
+            asyncio.create_task(gateway.client.post(JOBS, content=b"{}", headers=headers))
+            for headers in ({"idempotency-key": "k"}, {})
+        ]
+
+        async def sent() -> bool:
+            return await stat(gateway, "cluster.job_svc.upstream_rq_active") >= 2
+
+        await wait_until(sent)
+        deaf.close()
+        for connection in connections:
+            connection.close()
+        server = make_upstream("job_svc", gateway.upstreams, Verifier(tmp_path / "identity"))
+        server.add_insecure_port(address)
+        await server.start()
+        try:
+            with_key, without = await asyncio.gather(*calls)
+        finally:
+            await server.stop(None)
+    assert (with_key.status_code, without.status_code) == (200, 503)
+    assert len(gateway.upstreams.calls) == 1
 
 
 async def test_without_the_auth_check_nobody_is_let_in(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from pydantic import ValidationError
 
 from gateway.__main__ import GatewayEnvironment
 from gateway.binary import envoy_path
-from gateway.render import Address, GatewaySettings, render
+from gateway.render import GatewaySettings, render
 from gateway.routes import method_routes, rest_paths
+from svc_kit.addresses import Address
+from tests.certificates import Authority
 from tests.integration.gateway.stack import DESCRIPTORS, FIRST_KEY, run_gateway
 
 UPSTREAMS = {
@@ -47,6 +49,38 @@ def test_upstreams_are_found_by_address_or_by_name() -> None:
     }
     endpoint = made["inference_svc"]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     assert endpoint["address"]["socket_address"] == {"address": "::1", "port_value": 3}
+
+
+def test_calls_are_spread_over_replicas_that_are_well() -> None:
+    made = clusters(job_svc_address="127.0.0.1:1,127.0.0.2:2")["job_svc"]
+
+    [locality] = made["load_assignment"]["endpoints"]
+    assert [each["endpoint"]["address"]["socket_address"] for each in locality["lb_endpoints"]] == [
+        {"address": "127.0.0.1", "port_value": 1},
+        {"address": "127.0.0.2", "port_value": 2},
+    ]
+    assert made["type"] == "STATIC"
+    assert all(cluster["health_checks"] for cluster in clusters().values())
+
+
+def test_services_are_shown_a_certificate_where_they_speak_tls(tmp_path: Path) -> None:
+    tls = Authority(tmp_path).issue("gateway")
+    configuration = yaml.safe_load(render(settings(job_svc_address="127.0.0.1:1,127.0.0.2:2"), tls))
+    made = {cluster["name"]: cluster for cluster in configuration["static_resources"]["clusters"]}
+
+    assert {name: _believed(cluster) for name, cluster in made.items()} == {
+        "dataset_svc": [("IP_ADDRESS", "127.0.0.1")],
+        "job_svc": [("IP_ADDRESS", "127.0.0.1"), ("IP_ADDRESS", "127.0.0.2")],
+        "inference_svc": [("IP_ADDRESS", "::1")],
+        "authz": [("DNS", "authz.tunery.svc.cluster.local")],
+    }
+    assert "transport_socket" not in clusters()["job_svc"]
+
+
+def _believed(cluster: dict[str, Any]) -> list[tuple[str, str]]:
+    context = cluster["transport_socket"]["typed_config"]["common_tls_context"]
+    names = context["validation_context"]["match_typed_subject_alt_names"]
+    return [(name["san_type"], name["matcher"]["exact"]) for name in names]
 
 
 @pytest.mark.parametrize("value", ["", "host", "host:", ":1", "host:x", "host:70000", "host:-1"])
@@ -96,6 +130,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert render(environment) == render(settings(listen="0.0.0.0:80"))
 
 
+@pytest.mark.parametrize("services_tls", [False, True])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,9 +139,10 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         {"request_headers_timeout_seconds": 0.5},
     ],
 )
-async def test_envoy_takes_it(tmp_path: Path, changes: dict[str, Any]) -> None:
+async def test_envoy_takes_it(tmp_path: Path, changes: dict[str, Any], services_tls: bool) -> None:
     file = tmp_path / "envoy.yaml"
-    file.write_text(render(settings(**changes)))
+    tls = Authority(tmp_path).issue("gateway") if services_tls else None
+    file.write_text(render(settings(**changes), tls))
 
     process = await asyncio.create_subprocess_exec(
         envoy_path(), "--mode", "validate", "-c", file, "-l", "error",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-import psycopg
 import pytest
 
 from svc_kit.identity import Issuer, write_identity_keys
 from svc_kit.ids import new_id
 from svc_kit.settings import ObjectStoreSettings
-from tests.conftest import wait_until
+from tests.conftest import new_postgres_database, wait_until
 from tunery.dataset.v1 import dataset_pb2, dataset_service_pb2, dataset_service_pb2_grpc
 from tunery.job.v1 import (
     credit_service_pb2_grpc,
@@ -116,6 +114,22 @@ class Services:
         )
         return await self.jobs.CreateJob(request, metadata=account)
 
+    @contextmanager
+    def running(self, module: str, folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Runs one of the processes for the block's time; its database and its log are in the folder."""
+        listen = {"dataset_svc": self.dataset_address, "job_svc": self.job_address}.get(module, "127.0.0.1:0")
+        settings = {"TUNERY_DATABASE_URL": f"sqlite+aiosqlite:///{folder}/{module}.sqlite"}
+        settings |= self.environment | environment
+        log = folder / f"{module}.log"
+        log.unlink(missing_ok=True)  # of a process before this one
+        with running(module, listen, settings, log) as process:
+            yield process
+
+    async def close(self) -> None:
+        for channel in self.channels.values():
+            await channel.close()
+        self.channels.clear()
+
     async def lease(self, trainer_id: str, wait_seconds: float = 10) -> worker_pb2.Lease | None:
         request = worker_pb2.LeaseJobRequest(trainer_id=trainer_id, wait_seconds=wait_seconds)
         response = await self.worker.LeaseJob(request, metadata=self.process("trainer"))
@@ -175,28 +189,22 @@ def service_processes(
         identity_dir,
     )
 
-    def own(name: str) -> dict[str, str]:
-        return {"TUNERY_DATABASE_URL": f"sqlite+aiosqlite:///{folder}/{name}.sqlite", **environment}
-
-    with (
-        running("dataset_svc", services.dataset_address, own("dataset"), folder / "dataset_svc.log"),
-        running("job_svc", services.job_address, own("job"), folder / "job_svc.log"),
-    ):
+    with services.running("dataset_svc", folder), services.running("job_svc", folder):
         yield services
 
 
-def new_postgres_database(url: str) -> str:
-    """Makes a database of its own and returns its URL."""
-    name = f"test_{secrets.token_hex(4)}"
-    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    base, _, query = url.partition("?")
-    return f"{base.rsplit('/', 1)[0]}/{name}" + (f"?{query}" if query else "")
+def own_services(shared: Services, **environment: str) -> Services:
+    """Returns services with addresses, a bucket and some settings of their own; none of them runs yet."""
+    dataset_address, job_address = (f"127.0.0.1:{port}" for port in free_ports(2))
+    own = {
+        "TUNERY_DATASET_SVC_ADDRESS": dataset_address,
+        "TUNERY_JOB_SVC_ADDRESS": job_address,
+        "TUNERY_S3_BUCKET": new_id("own"),
+    }
+    return Services(shared.environment | own | environment, dataset_address, job_address, shared.identity_dir)
 
 
 @pytest.fixture
 async def services(service_processes: Services) -> AsyncIterator[Services]:
     yield service_processes
-    for channel in service_processes.channels.values():
-        await channel.close()
-    service_processes.channels.clear()
+    await service_processes.close()

@@ -47,7 +47,8 @@ async def trainer(services: Services, models_dir: Path, tmp_path: Path) -> Async
     )
     client = JobServiceClient(services.worker, Issuer.load("trainer", services.identity_dir))
     worker = Worker(
-        *("memory-trainer", client, store, load_catalog(), models_dir, Probes(models_dir)), tmp_path / "work"
+        *("memory-trainer", client, store, load_catalog(), models_dir, Probes(models_dir)),
+        *(tmp_path / "work", 5.0),
     )
     working = asyncio.create_task(worker.run())
     yield

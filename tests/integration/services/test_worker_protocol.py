@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import Any
 
 import grpc
@@ -10,6 +11,8 @@ import pytest
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from svc_kit.ids import new_id
+from svc_kit.object_store import ObjectStore
+from svc_kit.settings import ObjectStoreSettings
 from tunery.job.v1 import fine_tuning_service_pb2, job_pb2, job_service_pb2, model_service_pb2
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
@@ -31,7 +34,6 @@ CHECKPOINT = {
     "ends_epoch": True,
     "tokens_trained": 200,
     "epochs_completed": 1,
-    "object_prefix": "x/",
 }
 
 
@@ -40,6 +42,11 @@ def event(seq: int, kind: str = "log", **data: Any) -> worker_pb2.Event:
     time.GetCurrentTime()
     struct = json_format.ParseDict(data, struct_pb2.Struct())
     return worker_pb2.Event(seq=seq, time=time, kind=kind, message=f"line {seq}", data=struct)
+
+
+def checkpoint(lease: worker_pb2.Lease, seq: int | None = None, **changes: Any) -> worker_pb2.Event:
+    prefix = f"{lease.attempt_prefix}checkpoints/epoch-1/"
+    return event(seq or lease.next_seq, "checkpoint", **(CHECKPOINT | {"object_prefix": prefix} | changes))
 
 
 async def report(services: Services, lease: worker_pb2.Lease, *events: worker_pb2.Event) -> None:
@@ -117,7 +124,7 @@ async def test_a_run_from_lease_to_model(services: Services) -> None:
     more = await details(services, account, job)
     assert (more.total_steps, more.remaining_seconds, more.tokens_trained) == (4, 6.0, 100)
 
-    await report(services, lease, event(first + 2, "checkpoint", **CHECKPOINT))
+    await report(services, lease, checkpoint(lease, first + 2))
     await end(services, lease, completed=completed(lease))
     ended = await get(services, account, job)
     assert ended.status == "completed"
@@ -177,11 +184,11 @@ async def test_a_trainer_that_asks_again_has_lost_its_job(services: Services) ->
     account, trainer_id = services.account(), new_id("trainer")
     job = await services.new_job(account)
     lease = await lease_of(services, job, trainer_id)
-    await report(services, lease, event(lease.next_seq, "checkpoint", **CHECKPOINT))
+    await report(services, lease, checkpoint(lease))
     again = await lease_of(services, job, trainer_id)
     assert again.lease_token != lease.lease_token
     assert again.attempt == 2
-    assert again.resume_prefix == "x/"
+    assert again.resume_prefix == f"{lease.attempt_prefix}checkpoints/epoch-1/"
     await refused(report(services, lease, event(lease.next_seq + 1)), grpc.StatusCode.ABORTED)
     await end(services, again, completed=completed(again))
 
@@ -209,7 +216,7 @@ async def test_faults_of_the_platform_are_tried_again_up_to_a_limit(services: Se
         assert (await get(services, account, job)).status == "queued"
     lease = await lease_of(services, job, trainer_id)
     # Progress: from here the faults are counted anew.
-    await report(services, lease, event(lease.next_seq, "checkpoint", **CHECKPOINT))
+    await report(services, lease, checkpoint(lease))
     await end(services, lease, failed=fault)
     for _ in range(3):
         await end(services, await lease_of(services, job, trainer_id), failed=fault)
@@ -269,7 +276,7 @@ async def test_one_job_is_seen_through_both_contracts(services: Services) -> Non
     account = services.account()
     job = await services.new_job(account, epochs=2)
     lease = await lease_of(services, job, new_id("trainer"))
-    await report(services, lease, event(lease.next_seq, "checkpoint", **CHECKPOINT))
+    await report(services, lease, checkpoint(lease))
     request = fine_tuning_service_pb2.GetJobStatusRequest(job_id=job.id)
     seen = await services.fine_tuning.GetJobStatus(request, metadata=account)
     assert seen.status == "running"
@@ -439,10 +446,53 @@ async def test_a_model_is_deploying_while_it_is_checked(services: Services) -> N
     await end(services, lease, failed=worker_pb2.Failed(message="not the trained one", fault="platform"))
     assert await listed() == []
     lease = await lease_of(services, job, new_id("trainer"))
+    prefix = f"{lease.attempt_prefix}artifact/"
     await report(services, lease, event(lease.next_seq, "deploying", object_prefix=prefix))
     [(model_id, _)] = await listed()
     await end(services, lease, completed=completed(lease))
     assert await listed() == [(model_id, "available")]
+
+
+async def test_an_attempt_can_name_no_objects_but_its_own(services: Services) -> None:
+    account, trainer_id = services.account(), new_id("trainer")
+    job = await services.new_job(account, epochs=2)
+    former = await lease_of(services, job, trainer_id)
+    lease = await lease_of(services, job, trainer_id)
+    assert former.attempt_prefix != lease.attempt_prefix
+    for theirs in (f"{former.attempt_prefix}artifact/", "accounts/other/jobs/job-x/attempt-1/artifact/", ""):
+        for kind in ("checkpoint", "deploying"):
+            named = checkpoint(lease, object_prefix=theirs)
+            named.kind = kind
+            message = await refused(report(services, lease, named), grpc.StatusCode.INVALID_ARGUMENT)
+            assert f"is not below {lease.attempt_prefix}" in message
+        outcome = completed(lease)
+        outcome.object_prefix = theirs
+        await refused(end(services, lease, completed=outcome), grpc.StatusCode.INVALID_ARGUMENT)
+    assert (await get(services, account, job)).status == "running"
+    await end(services, lease, completed=completed(lease))
+
+
+async def test_what_an_attempt_stores_after_its_job_was_swept_is_swept_too(
+    services: Services, embedded_s3: ObjectStoreSettings
+) -> None:
+    settings = embedded_s3.model_copy(update={"s3_bucket": services.environment["TUNERY_S3_BUCKET"]})
+    store = ObjectStore(settings)
+    account = services.account()
+    job = await services.new_job(account)
+    lost, other = [await lease_of(services, job, trainer_id) for trainer_id in ("same", "same")]
+    await end(services, other, completed=completed(other))
+    prefix = lost.attempt_prefix.rpartition("attempt-")[0]
+
+    async def until_swept() -> None:
+        async with asyncio.timeout(20):
+            while await store.list(prefix):  # noqa: ASYNC110  # the store tells nobody
+                await asyncio.sleep(0.05)
+
+    await until_swept()
+    store.put_stream(f"{lost.attempt_prefix}checkpoints/late", io.BytesIO(b"x"))
+    stopped = worker_pb2.HandedBack(reason="the run was stopped")
+    await refused(end(services, lost, handed_back=stopped), grpc.StatusCode.ABORTED)
+    await until_swept()
 
 
 async def test_a_removed_checkpoint_is_gone(services: Services) -> None:
@@ -453,8 +503,8 @@ async def test_a_removed_checkpoint_is_gone(services: Services) -> None:
     await report(
         services,
         lease,
-        event(first, "checkpoint", **(CHECKPOINT | {"step": 1, "ends_epoch": False})),
-        event(first + 1, "checkpoint", **CHECKPOINT),
+        checkpoint(lease, first, step=1, ends_epoch=False),
+        checkpoint(lease, first + 1),
         event(first + 2, "checkpoint_removed", step=1),
     )
     shown = await services.fine_tuning.GetJobStatus(

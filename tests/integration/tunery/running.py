@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,20 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.conftest import own_database
 from tunery.supervisor import MARK_VARIABLE
 
 COMMAND = (sys.executable, "-P", "-m", "tunery.cli")
 READY_SECONDS = 60
 WAIT_SECONDS = 60
-ROWS = "question,answer\n" + "".join(f"What is {n} plus one?,It is {n + 1}.\n" for n in range(16))
+
+
+def many_rows(number: int) -> str:
+    """A CSV file of so many questions and answers."""
+    return "question,answer\n" + "".join(f"What is {n} plus one?,It is {n + 1}.\n" for n in range(number))
+
+
+ROWS = many_rows(16)
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
@@ -179,14 +187,16 @@ class Ups:
         self._folder = folder
         self._started: list[Up] = []
 
-    def start(self, data_dir: Path, port: int | None = None, **variables: str) -> Up:
+    def start(
+        self, data_dir: Path, port: int | None = None, options: Sequence[str] = (), **variables: str
+    ) -> Up:
         """Starts a stack without waiting for it."""
         port = port or free_port()
         output_path = self._folder / f"up-{len(self._started)}.txt"
         with output_path.open("wb") as output:
             process = subprocess.Popen(
-                [*COMMAND, "up", "--data-dir", str(data_dir), "--port", str(port)],
-                env=clean_environment(**variables),
+                [*COMMAND, "up", "--data-dir", str(data_dir), "--port", str(port), *options],
+                env=clean_environment(**{**own_database(data_dir), **variables}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -194,8 +204,10 @@ class Ups:
         self._started.append(up)
         return up
 
-    def start_ready(self, data_dir: Path, port: int | None = None, **variables: str) -> Up:
-        up = self.start(data_dir, port, **variables)
+    def start_ready(
+        self, data_dir: Path, port: int | None = None, options: Sequence[str] = (), **variables: str
+    ) -> Up:
+        up = self.start(data_dir, port, options, **variables)
         up.wait_until_ready()
         return up
 

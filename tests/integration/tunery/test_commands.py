@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.conftest import own_database, postgres_programs
 from tests.integration.tunery.running import (
     COMMAND,
     Result,
     Up,
+    Ups,
     clean_environment,
     free_port,
     run_in_terminal,
     run_tunery,
     wait_for,
 )
+from tunery.backup import back_up, restore
+from tunery.errors import SetUpError
 
 REFUSED, USAGE, UNREACHABLE, NOT_FOUND, INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -57,6 +67,68 @@ def long_job(stack: Up, rows_csv: Path) -> str:
     assert result.code == 0, result
     job_id: str = result.json["id"]
     return job_id
+
+
+def epochs_completed(up: Up, job_id: str) -> int:
+    job = up.get(f"/api/v1/fine-tuning/jobs/{job_id}").json()
+    return int(job.get("training_metrics", {}).get("epochs_completed", 0))
+
+
+def files_of(archive: httpx.Response) -> dict[str, bytes]:
+    """The files of a tar; their times are those at which they were stored."""
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def test_a_running_stack_is_backed_up_and_restored(
+    stack: Up, ups: Ups, trained: dict[str, Any], rows_csv: Path, tmp_path: Path
+) -> None:
+    create = ("jobs", "create", str(rows_csv), "--model", "tunery-tiny", "--epochs", "25", "--json")
+    running = stack.tunery(*create).json["id"]
+    wait_for(lambda: epochs_completed(stack, running), "the first checkpoint")
+    backup, folder = tmp_path / "backup", tmp_path / "restored"
+    database = own_database(folder)
+    variables = {**own_database(stack.data_dir), "PATH": f"{postgres_programs()}:{os.environ['PATH']}"}
+    assert back_up(backup, stack.data_dir, {**os.environ, **variables}).num_objects > 0
+    stack.tunery("jobs", "cancel", running)
+    private = [backup / "credentials.json", *backup.glob("identity/*.key")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (*private, backup)} == {0o600, 0o700}
+
+    restored = run_tunery("restore", str(backup), "--data-dir", str(folder), **{**variables, **database})
+    assert restored.code == 0, restored
+    up = ups.start_ready(folder, TUNERY_LEASE_SECONDS="3")
+    assert up.credentials["api_key"] == stack.credentials["api_key"]
+    assert up.tunery("datasets", "list", "--json").json == stack.tunery("datasets", "list", "--json").json
+    artifact = f"/api/v1/fine-tuning/models/{trained['job']['fine_tuned_model']}/artifact"
+    assert files_of(up.get(artifact)) == files_of(stack.get(artifact))
+    followed = up.tunery("jobs", "logs", "-f", running, "--json")
+    assert followed.code == 0, followed
+    messages = [record["message"] for record in followed.json["data"]]
+    assert "the trainer was lost; job queued again" in messages
+    details = up.tunery("jobs", "show", running, "--json").json
+    assert (details["job"]["status"], details["attempts"]) == ("completed", 2)
+    assert details["job"]["training_metrics"]["epochs_completed"] == 25
+    assert up.stop() == 0
+
+    # A stack that doesn't run is backed up as well.
+    again = up.tunery("backup", str(tmp_path / "again"), **{**variables, **database})
+    assert again.code == 0, again
+
+
+def test_what_no_backup_is_made_of_and_none_is_restored_to(stack: Up, tmp_path: Path) -> None:
+    full, empty = tmp_path / "full", tmp_path / "empty"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(SetUpError, match="full is not empty"):
+        back_up(full, stack.data_dir, {})
+    with pytest.raises(SetUpError, match="no folder of `tunery up`"):
+        back_up(empty, tmp_path / "nowhere", {})
+    with pytest.raises(SetUpError, match="no whole backup"):
+        restore(full, empty, {})
+    (full / "backup.json").touch()
+    with pytest.raises(SetUpError, match="data is not empty"):
+        restore(full, stack.data_dir, {})
+    assert_fails(stack.tunery("backup", str(full)), USAGE, "is not empty")
 
 
 def test_help_is_complete():

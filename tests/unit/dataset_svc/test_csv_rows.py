@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dataset_svc.csv_rows import CsvChecker, CsvSummary, iter_csv_rows
 from svc_kit.errors import MalformedFile
+from tests.cases import num_cases
 
 # Few characters, all with a part to play, so that short files reach every transition.
 MARKS = st.sampled_from(["a", "b", " ", ",", '"', '""', '",', ',"', "\n", "\r\n", "\r", "é", "𝄞", "\ufeff"])
@@ -199,7 +200,7 @@ def test_a_row_without_end_is_refused_in_flat_memory(row: bytes) -> None:
         tracemalloc.stop()
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=num_cases(600))
 @given(CSV_LIKE, st.lists(st.integers(0, 5), max_size=30))
 @example(b'a\n"x""y\n', [6])
 @example(b"a,b\nx,y\r\n", [8])
@@ -212,7 +213,7 @@ def test_cuts_never_change_the_verdict(data: bytes, chunk_sizes: list[int]) -> N
         assert verdict(header + data, checker=ScanOnlyChecker()) == whole
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=num_cases(300))
 @given(
     st.lists(
         st.sampled_from([b"a", b",", b'"', b"\n", b"\r", b"\xc3", b"\xa9", b"\xe2\x82", b"\0"]), max_size=20
@@ -229,7 +230,7 @@ def test_cuts_never_change_the_verdict_on_foreign_bytes(
     assert verdict(data, checker=ScanOnlyChecker(max_record_bytes=max_record_bytes)) == whole
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=num_cases(600))
 @given(CSV_LIKE)
 def test_agrees_with_the_rule_as_one_regex(data: bytes) -> None:
     for header in (b"", b"a,b\n", b"a\n"):
@@ -241,7 +242,7 @@ def test_agrees_with_the_rule_as_one_regex(data: bytes) -> None:
         assert row_count == oracle_row_count(text)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=num_cases(200))
 @given(TABLES, st.sampled_from(["\n", "\r\n"]), st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
 def test_accepts_and_reads_back_what_the_csv_module_writes(
     table: list[list[str]], line_end: str, quoting: int

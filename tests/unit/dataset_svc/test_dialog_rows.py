@@ -21,6 +21,7 @@ from dataset_svc.dialog_rows import (
     iter_dialog_rows,
 )
 from svc_kit.errors import MalformedFile
+from tests.cases import num_cases
 
 GOOD = b'{"dialog": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
 USER = '{"role": "user", "content": "Hi"}'
@@ -152,7 +153,7 @@ def test_a_line_that_is_too_large_is_one_problem(monkeypatch: pytest.MonkeyPatch
     assert rows[2].line == 3
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=num_cases(300))
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -179,7 +180,7 @@ def light_check(data: bytes, chunk_sizes: list[int]) -> JsonlSummary | str:
         return error.message
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=num_cases(300))
 @given(
     st.lists(
         st.sampled_from([b"x", b" ", b"\n", b"\r\n", b"\t", "é".encode(), b"\xc3", b"\0"]), max_size=20

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dataset_svc.upload_form import UploadedForm, UploadForm
 from svc_kit.errors import InvalidRequest, MalformedUpload
+from tests.cases import num_cases
 
 CONTENT_TYPE = "multipart/form-data; boundary=bnd"
 FILE_PART = (
@@ -221,7 +222,7 @@ def test_an_error_of_a_callback_goes_through() -> None:
         form.feed(FILE_PART + END)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=num_cases(300))
 @given(
     st.lists(
         st.sampled_from([b"a", b"\r", b"\n", b"-", b"\r\n--bn", b"--bnd", b"\r\n--bnd-x", b"\0", b"\xff"])
@@ -240,7 +241,7 @@ def test_cuts_never_change_the_file(data: bytes, chunk_sizes: list[int]) -> None
     assert parse(body, [1] * len(body)) == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=num_cases(200))
 @given(st.binary(max_size=60), st.lists(st.integers(0, 9), max_size=30))
 def test_foreign_bytes_only_ever_give_our_errors(tail: bytes, chunk_sizes: list[int]) -> None:
     for body in (tail, b"--bnd\r\n" + tail, b"--bnd\r\nContent-Disposition: form-data;" + tail):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer_svc.engine.device import make_deterministic
+from trainer_svc.engine.errors import Stopped
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
 from trainer_svc.engine.run_spec import RunSpec
@@ -22,7 +24,9 @@ from tunery.ports import free_ports
 _SERVER = multiprocessing.get_context("forkserver")
 
 
-def run_ranks(spec: RunSpec, num_processes: int, killed_at: int | None = None) -> bool:
+def run_ranks(
+    spec: RunSpec, num_processes: int, killed_at: int | None = None, stopped_at: int | None = None
+) -> bool:
     """Runs the engine in processes of one group, as torchrun does.
 
     Args:
@@ -30,11 +34,12 @@ def run_ranks(spec: RunSpec, num_processes: int, killed_at: int | None = None) -
         num_processes: of the group.
         killed_at: the first process dies of SIGKILL after this step, once a checkpoint before it is whole;
             when exactly that is, is left to chance.
+        stopped_at: the specification's `stop_file` appears in this step.
 
     Returns:
         Whether all processes ended well. When one dies the others are killed.
     """
-    return in_ranks(num_processes, _train, spec, killed_at)
+    return in_ranks(num_processes, _train, spec, killed_at, stopped_at)
 
 
 def in_ranks(num_processes: int, work: Callable[..., None], *arguments: Any) -> bool:
@@ -77,7 +82,7 @@ def _rank(
         leave_process_group()
 
 
-def _train(group: ProcessGroup, spec: RunSpec, killed_at: int | None) -> None:
+def _train(group: ProcessGroup, spec: RunSpec, killed_at: int | None, stopped_at: int | None) -> None:
     if group.is_first:
         spec.output_dir.mkdir()
     events = EventLog(spec.output_dir, silent=not group.is_first)
@@ -89,6 +94,12 @@ def _train(group: ProcessGroup, spec: RunSpec, killed_at: int | None) -> None:
         if seen == {"checkpoint", "step"}:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def tell_to_stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == stopped_at and spec.stop_file is not None:
+            spec.stop_file.touch()
+
     if killed_at is not None:
         events.subscribe(kill)
-    train(spec, group, events)
+    events.subscribe(tell_to_stop)
+    with contextlib.suppress(Stopped):
+        train(spec, group, events)

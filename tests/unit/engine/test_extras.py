@@ -145,6 +145,13 @@ def test_torch_compile_changes_no_number(
     assert any("torch.compile" in event["message"] for event in compiled.of_kind("log"))
 
 
+def test_dora_on_a_row_of_zeros_is_refused(run: Any) -> None:
+    """The tiny model has never seen its token for padding, and shares its embedding with the output head."""
+    method = {"kind": "lora", "apply_to_output": True}
+    with pytest.raises(JobFault, match="each row of lm_head, and 1 of them are zero"):
+        run("out", {"lora_variant": "dora"}, method=method)
+
+
 @pytest.mark.parametrize(
     ("extras", "word"),
     [({"quantize_base": "nf4"}, "quantize_base nf4"), ({"optimizer": "adamw_8bit"}, "optimizer adamw_8bit")],
@@ -162,6 +169,8 @@ def test_what_needs_a_gpu_is_refused_without_one(
     [
         ({"extras": {"lora_dropout": 0.1}, "method": FULL}, "lora_dropout goes with LoRA only"),
         ({"extras": {"lora_variant": "dora"}, "method": FULL}, "lora_variant goes with LoRA only"),
+        ({"extras": {"save_merged": True}, "method": FULL}, "save_merged goes with LoRA only"),
+        ({"extras": {"save_merged": True, "quantize_base": "nf4"}}, "leave quantize_base out"),
         ({"extras": {"quantize_base": "nf4"}, "method": FULL}, "quantize_base goes with LoRA only"),
         ({"extras": {"eval_every_steps": 2}}, "eval_every_steps needs validation rows"),
         ({"extras": {"early_stopping_patience": 2}}, "early_stopping_patience needs validation rows"),

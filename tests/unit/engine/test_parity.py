@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from trainer_svc.engine import parity
 from trainer_svc.engine.parity import TOLERANCE, ParityError
@@ -103,6 +104,29 @@ def test_damage_on_the_way_ends_the_run(
     spec = make_spec(method=method, readback_dir=tmp_path / "readback")
     store_and_read_back(spec, change)
     with pytest.raises(ParityError, match="stored model"):
+        run_engine(spec)
+
+
+MERGED = {"dtype": "float32", "save_merged": True}
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_merged_model_says_what_was_trained(variant: str, make_spec: MakeSpec, run_engine: Any) -> None:
+    # The tiny model's head shares its weights with the embedding.
+    method = LORA | {"apply_to_output": variant != "dora"}
+    run = run_engine(make_spec(method=method, extras=MERGED | {"lora_variant": variant}))
+    assert run.of_kind("finished")[0]["parity_difference"] < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(run.output_dir / "artifact" / "merged")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_damaged_merged_model_ends_the_run(
+    make_spec: MakeSpec, run_engine: Any, store_and_read_back: Any, tmp_path: Path
+) -> None:
+    spec = make_spec(readback_dir=tmp_path / "readback", extras=MERGED)
+    lose_a_part = change_weights(lambda tensor: tensor * 0.5)
+    store_and_read_back(spec, lambda folder: lose_a_part(folder / "merged"))
+    with pytest.raises(ParityError, match="stored merged model is not the trained one"):
         run_engine(spec)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trainer_svc.engine.examples import Example
-from trainer_svc.engine.fast_path import speed_up
+from trainer_svc.engine.layers.speed_up import speed_up
 from trainer_svc.engine.packing import group_rows
 from trainer_svc.engine.passes import Passes
 

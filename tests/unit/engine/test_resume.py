@@ -104,8 +104,28 @@ def test_killed_run_goes_on_bit_for_bit(
         assert_same_end(resumed, whole)
 
 
-def run(spec: RunSpec, num_processes: int, killed_at: int | None = None) -> Run:
-    assert run_ranks(spec, num_processes, killed_at) is (killed_at is None)
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_run_that_is_told_to_stop_goes_on_bit_for_bit(num_processes: int, make_spec: MakeSpec) -> None:
+    changes: dict[str, Any] = {"epochs": 2, "batch_size": 4 // num_processes}
+    whole = run(make_spec("whole", **changes), num_processes)
+    stop_file = whole.output_dir.parent / "stop"
+    stopped = run(make_spec("stopped", **changes, stop_file=stop_file), num_processes, stopped_at=6)
+    last = stopped.events[-1]
+    assert (last["kind"], stopped.losses) == ("stopped", whole.losses[:6])
+    checkpoint = stopped.of_kind("checkpoint")[-1]
+    assert (checkpoint["path"], checkpoint["step"]) == ("checkpoints/step-6", 6)
+    rest = run(
+        make_spec("rest", **changes, resume_from=stopped.output_dir / checkpoint["path"]), num_processes
+    )
+    assert rest.losses == whole.losses[6:]
+    assert [event["step"] for event in rest.of_kind("checkpoint_removed")] == [6]
+    assert_same_end(rest, whole)
+
+
+def run(
+    spec: RunSpec, num_processes: int, killed_at: int | None = None, stopped_at: int | None = None
+) -> Run:
+    assert run_ranks(spec, num_processes, killed_at, stopped_at) is (killed_at is None)
     return read_run(spec.output_dir)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer_svc.engine.projection import Projection
+from trainer_svc.engine.layers.projection import Projection
 
 # Logits of one part. On the CPU about what its last cache holds; on a GPU enough to fill it.
 _MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from trainer_svc.engine import segment_attention
 from trainer_svc.engine.examples import Example
-from trainer_svc.engine.fast_path import is_fast, speed_up
+from trainer_svc.engine.layers import segment_attention
+from trainer_svc.engine.layers.speed_up import is_fast, speed_up
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, make_pack
 
@@ -328,7 +328,7 @@ def test_rows_never_see_each_other() -> None:
 
 def test_likely_targets_keep_their_digits_in_bfloat16() -> None:
     """A loss far below bfloat16's steps around one is still told, and still has a gradient."""
-    from trainer_svc.engine.linear_cross_entropy import _loss_and_gradient
+    from trainer_svc.engine.layers.linear_cross_entropy import _loss_and_gradient
 
     logits = torch.zeros(1, 100, dtype=torch.bfloat16)
     logits[0, 7] = 16.0

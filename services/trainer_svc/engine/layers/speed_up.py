@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from trainer_svc.engine.fast_layer import FastLayer, Rows
-from trainer_svc.engine.linear_cross_entropy import summed_cross_entropy
+from trainer_svc.engine.layers.fast_layer import FastLayer, Rows
+from trainer_svc.engine.layers.linear_cross_entropy import summed_cross_entropy
+from trainer_svc.engine.layers.projection import Projection
+from trainer_svc.engine.layers.segment_attention import Segments
 from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, Pack
-from trainer_svc.engine.projection import Projection
-from trainer_svc.engine.segment_attention import Segments
 
 # Products of other sizes are up to a tenth slower, and the CPU's library keeps a megabyte for each size that
 # it has ever seen.
@@ -52,13 +52,13 @@ def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     head = Projection([causal_lm.lm_head])
     _extend(causal_lm.lm_head, functools.partial(_head_forward, head, dtype))
     _extend(causal_lm, functools.partial(_model_forward, causal_lm, dtype))
-    causal_lm.tunery_fast_path = True
+    causal_lm.tunery_fast_layers = True
     return True
 
 
 def is_fast(model: nn.Module) -> bool:
     """Whether `speed_up` has put the fast path into the model."""
-    return hasattr(_causal_lm(model), "tunery_fast_path")
+    return hasattr(_causal_lm(model), "tunery_fast_layers")
 
 
 def fast_loss(model: nn.Module, pack: Pack) -> Tensor:

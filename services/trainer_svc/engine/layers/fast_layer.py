@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.activations import SiLUActivation
 
-from trainer_svc.engine.elementwise import (
+from trainer_svc.engine.layers.elementwise import (
     rms_norm,
     rms_norm_again,
     rms_norm_backward,
@@ -31,8 +31,8 @@ from trainer_svc.engine.elementwise import (
     swiglu_again,
     swiglu_backward,
 )
-from trainer_svc.engine.projection import Projection
-from trainer_svc.engine.segment_attention import Segments, attend, attend_backward
+from trainer_svc.engine.layers.projection import Projection
+from trainer_svc.engine.layers.segment_attention import Segments, attend, attend_backward
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""Where services are found, and which of them a channel calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from svc_kit.addresses import grpc_target, parse_addresses
+from svc_kit.server import connect
+from svc_kit.tls import Tls
+from tests.certificates import Authority
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("127.0.0.1:7002", "127.0.0.1:7002"),
+        ("job_svc:7002", "job_svc:7002"),
+        ("[::1]:7002", "[::1]:7002"),
+        ("127.0.0.1:1,127.0.0.2:2", "ipv4:127.0.0.1:1,127.0.0.2:2"),
+        ("127.0.0.1:1, 127.0.0.1:2", "ipv4:127.0.0.1:1,127.0.0.1:2"),
+        ("[::1]:1,[::2]:2", "ipv6:[::1]:1,[::2]:2"),
+    ],
+)
+def test_addresses_are_one_or_several(text: str, target: str) -> None:
+    assert grpc_target(text) == target
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", "host", "127.0.0.1:1,", "127.0.0.1:1,host:2", "a:1,b:2", "1.1.1.1:1,[::1]:1"]
+)
+def test_what_is_no_list_of_addresses(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not HOST:PORT|must be IP addresses of one version"):
+        parse_addresses(text)
+
+
+class CountingHealth(health_pb2_grpc.HealthServicer):
+    """A service that knows how often it was asked."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        self.num_calls += 1
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+@asynccontextmanager
+async def serving(health: CountingHealth, tls: Tls | None = None) -> AsyncIterator[str]:
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = (
+        server.add_secure_port("127.0.0.1:0", tls.server_credentials())
+        if tls
+        else server.add_insecure_port("127.0.0.1:0")
+    )
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+async def ask(channel: grpc.aio.Channel) -> None:
+    request = health_pb2.HealthCheckRequest()
+    await health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_replicas_share_the_calls_and_stand_in_for_each_other(tmp_path: Path, is_tls: bool) -> None:
+    tls = Authority(tmp_path).issue("service") if is_tls else None
+    first, second = CountingHealth(), CountingHealth()
+    async with serving(first, tls) as address, AsyncExitStack() as others:
+        other = await others.enter_async_context(serving(second, tls))
+        async with connect(f"{address},{other}", tls) as channel, asyncio.timeout(20):
+            while not (first.num_calls and second.num_calls):
+                await ask(channel)
+            await others.aclose()
+            before = first.num_calls
+            for _ in range(10):
+                await ask(channel)
+    assert first.num_calls == before + 10
+
+
+async def test_a_certificate_for_another_host_is_not_believed(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    health = CountingHealth()
+    async with serving(health, authority.issue("elsewhere", "192.0.2.1")) as address:
+        for addresses in (address, f"{address},127.0.0.1:1"):
+            async with connect(addresses, authority.issue("client")) as channel:
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await ask(channel)
+                assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert health.num_calls == 0
