@@ -6,7 +6,8 @@ The claim: at least 40 % of the rate of job_svc itself, and 99 in 100 calls answ
 connections. The legs take turns, and each has the same client: HTTP/2 by hand, so that it costs little, one
 call at a time on each connection. They differ in what they send: `gateway` a GET with an API key, `gateway,
 native` GetJob with that key, `job_svc` GetJob with the identity that the gateway would have put in the key's
-place.
+place. Of each process it is noted too how much processor time a call takes, which hardly depends on what else
+the machine does.
 Prints a table, and writes `bench/results/gateway_rate.json` with the commit and the hardware.
 """
 
@@ -168,12 +169,22 @@ def load(leg: Leg, num_connections: int, seconds: float) -> list[float]:
     return asyncio.run(_load(leg, num_connections, seconds))
 
 
-def child_address(root: psutil.Process, module: str) -> str:
-    """Where a service of the stack listens."""
+def stack_processes(root: psutil.Process) -> dict[str, psutil.Process]:
+    """The processes that a call may go through, by name."""
+    found = {}
     for process in root.children(recursive=True):
-        if process.cmdline()[-2:] == ["-m", module]:
-            return process.environ()["TUNERY_LISTEN"]
-    raise AssertionError(f"no {module} runs")
+        line = process.cmdline()
+        name = "envoy" if line[0].endswith("/envoy") else line[-1]
+        if name in ("envoy", "gateway.authz", "job_svc"):
+            found[name] = process
+    assert len(found) == 3, found
+    return found
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """What a process has used so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def identity(authz_address: str, api_key: str) -> str:
@@ -210,16 +221,17 @@ def measure(seconds: float, rounds: int, num_connections: int) -> dict[str, obje
             assert any("tunery is ready" in line for line in process.stdout), "the stack did not start"
             api_key = json.loads(Path(folder, "data", "credentials.json").read_text())["api_key"]
             job_id = make_job(f"http://127.0.0.1:{port}", api_key)
-            root = psutil.Process(process.pid)
-            job_svc, authz = child_address(root, "job_svc"), child_address(root, "gateway.authz")
-            return compare(port, job_svc, authz, api_key, job_id, seconds, rounds, num_connections)
+            processes = stack_processes(psutil.Process(process.pid))
+            return compare(processes, port, api_key, job_id, seconds, rounds, num_connections)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
 
 
-def legs(port: int, job_svc: str, authz: str, api_key: str, job_id: str) -> dict[str, Leg]:
+def legs(processes: dict[str, psutil.Process], port: int, api_key: str, job_id: str) -> dict[str, Leg]:
     """The legs, whose identity is good for 30 seconds at least."""
+    job_svc = processes["job_svc"].environ()["TUNERY_LISTEN"]
+    authz = processes["gateway.authz"].environ()["TUNERY_LISTEN"]
     message = job_service_pb2.GetJobRequest(job_id=job_id).SerializeToString()
     body = b"\0" + len(message).to_bytes(4, "big") + message
 
@@ -250,9 +262,8 @@ def legs(port: int, job_svc: str, authz: str, api_key: str, job_id: str) -> dict
 
 
 def compare(
+    processes: dict[str, psutil.Process],
     port: int,
-    job_svc: str,
-    authz: str,
     api_key: str,
     job_id: str,
     seconds: float,
@@ -262,14 +273,23 @@ def compare(
     """Measures each leg `rounds` times in turn."""
     rates: dict[str, list[float]] = {}
     latencies: dict[str, list[float]] = {}
+    used: dict[str, list[dict[str, float]]] = {}
     share = num_connections // CLIENT_PROCESSES
     with multiprocessing.get_context("spawn").Pool(CLIENT_PROCESSES) as clients:
         for _ in range(rounds):
-            for name, leg in legs(port, job_svc, authz, api_key, job_id).items():
+            for name, leg in legs(processes, port, api_key, job_id).items():
+                before = {each: processor_seconds(process) for each, process in processes.items()}
                 parts = clients.starmap(load, [(leg, share, seconds)] * CLIENT_PROCESSES)
                 found = [latency for part in parts for latency in part]
                 rates.setdefault(name, []).append(len(found) / seconds)
                 latencies.setdefault(name, []).extend(found)
+                num_calls = len(found) * (WARM_UP_SECONDS + seconds) / seconds
+                used.setdefault(name, []).append(
+                    {
+                        each: (processor_seconds(process) - before[each]) / num_calls
+                        for each, process in processes.items()
+                    }
+                )
     return {
         "connections": num_connections,
         "calls_per_second": {name: [round(rate) for rate in each] for name, each in rates.items()},
@@ -280,6 +300,10 @@ def compare(
         "milliseconds": {
             name: dict(zip(("p50", "p99"), percentiles(each), strict=True))
             for name, each in latencies.items()
+        },
+        "processor_microseconds_per_call": {
+            name: {each: round(1e6 * statistics.median(one[each] for one in rows)) for each in processes}
+            for name, rows in used.items()
         },
     }
 
@@ -318,6 +342,7 @@ def main() -> None:
     for name, rates in result["calls_per_second"].items():  # type: ignore[attr-defined]  # a dict, as made above
         share, took = result["share_of_job_svc"][name], result["milliseconds"][name]  # type: ignore[index]
         print(f"{name:16} {rates} calls/s, {share:.0%}, p50 {took['p50']} ms, p99 {took['p99']} ms")
+        print(f"{'':16} microseconds of processor a call: {result['processor_microseconds_per_call'][name]}")  # type: ignore[index]
 
 
 if __name__ == "__main__":
