@@ -71,11 +71,18 @@ class Database:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
         self._engine = _sqlite_engine(url) if self.is_sqlite else _postgres_engine(url)
+        # Without transactions, whose beginning and end cost more than most of what is read. SQLAlchemy would
+        # set a connection of aiosqlite to that and back each time, so there it has connections of its own.
+        self._reader = (
+            _sqlite_reader(url)
+            if self.is_sqlite
+            else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for reading; sees what is committed."""
-        async with self._engine.connect() as connection:
+        """A connection for reading; each statement sees what is committed."""
+        async with self._reader.connect() as connection:
             yield connection
 
     @asynccontextmanager
@@ -97,6 +104,7 @@ class Database:
 
     async def close(self) -> None:
         """Closes every connection."""
+        await self._reader.dispose()
         await self._engine.dispose()
 
 
@@ -104,6 +112,7 @@ def _postgres_engine(url: str) -> AsyncEngine:
     return create_async_engine(
         url,
         pool_pre_ping=True,
+        skip_autocommit_rollback=True,
         pool_size=20,
         max_overflow=20,
         pool_timeout=5,
@@ -117,17 +126,31 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     return engine
 
 
-def _begin_explicitly(engine: sa.Engine) -> None:
-    """Has SQLite's transactions begin as `tunery_begin` says, and hold whatever is done in them, DDL too."""
+def _sqlite_reader(url: str) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        connect_args={"timeout": SQLITE_BUSY_SECONDS},
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+    )
+    _set_up_connections(engine.sync_engine)
+    return engine
 
+
+def _set_up_connections(engine: sa.Engine) -> None:
     @sa.event.listens_for(engine, "connect")
     def set_up(connection: DBAPIConnection, _record: Any) -> None:
-        # SQLAlchemy's recipe: the driver must not begin transactions of its own, `begin` below does.
+        # SQLAlchemy's recipe: the driver must not begin transactions of its own.
         connection.isolation_level = None
         cursor = connection.cursor()
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
+
+
+def _begin_explicitly(engine: sa.Engine) -> None:
+    """Has SQLite's transactions begin as `tunery_begin` says, and hold whatever is done in them, DDL too."""
+    _set_up_connections(engine)
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
