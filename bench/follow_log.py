@@ -14,11 +14,8 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from array import array
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from kept_results import keep
 from stacks import process_of, running_parts
 
 from svc_kit.identity import Issuer
@@ -34,7 +32,6 @@ from tunery.stack import Stack
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 from tunery.trainer.v1.worker_service_pb2_grpc import WorkerServiceStub
 
-RESULT = Path(__file__).parent / "results" / "follow_log.json"
 PARTS = ("s3", "authz", "dataset_svc", "job_svc", "gateway")  # this program is the trainer
 # One account has all followers here.
 LIMITS = {"TUNERY_MAX_OPEN_TAILS": "100000", "TUNERY_GATEWAY_REQUEST_BURST": "100000"}
@@ -186,14 +183,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
     result = asyncio.run(measure(options.followers, options.lines_per_second, options.seconds))
-    result |= {
-        "command": " ".join(["bench/follow_log.py", *sys.argv[1:]]),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = keep("follow_log", result)
     if options.json:
         print(json.dumps(result))
         return

@@ -18,7 +18,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -32,11 +31,11 @@ import grpc
 import httpx
 import psutil
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
+from kept_results import keep
 
 from tunery.job.v1 import job_service_pb2
 from tunery.ports import free_ports
 
-RESULT = Path(__file__).parent / "results" / "gateway_rate.json"
 CLIENT_PROCESSES = 2
 WARM_UP_SECONDS = 1.0
 JOBS = "/api/v1/fine-tuning/jobs"
@@ -323,19 +322,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
     result = measure(options.seconds, options.rounds, options.connections)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    # What a profile showed is written by hand, and kept.
-    if RESULT.exists():
-        result["conclusion"] = json.loads(RESULT.read_text()).get("conclusion", "")
-    result |= {
-        "command": " ".join(["bench/gateway_rate.py", *sys.argv[1:]]),
-        "commit": commit,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, client on the same machine",
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = keep("gateway_rate", result)
     if options.json:
         print(json.dumps(result))
         return

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from kept_results import keep
 
 from tunery.ports import free_ports
 
 BENCH = Path(__file__).parent
-RESULT = BENCH / "results" / "job_times.json"
 ROWS = BENCH.parent / "tests" / "e2e" / "gsm8k" / "rows.csv"
 SMOLLM2, TINY = "smollm2-135m-instruct", "tunery-tiny"
 JOBS: dict[str, dict[str, Any]] = {
@@ -156,19 +155,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
     result = measure(options.rounds)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    # What a profile showed is written by hand, and kept.
-    if RESULT.exists():
-        result["conclusion"] = json.loads(RESULT.read_text()).get("conclusion", "")
-    result |= {
-        "command": " ".join(["bench/job_times.py", *sys.argv[1:]]),
-        "commit": commit,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = keep("job_times", result)
     if options.json:
         print(json.dumps(result))
         return

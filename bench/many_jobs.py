@@ -16,11 +16,8 @@ import asyncio
 import datetime as dt
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from kept_results import keep
 from stacks import running_parts
 
 import job_svc
@@ -41,7 +39,6 @@ from tunery.job.v1.job_service_pb2_grpc import JobServiceStub
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 from tunery.trainer.v1.worker_service_pb2_grpc import WorkerServiceStub
 
-RESULT = Path(__file__).parent / "results" / "many_jobs.json"
 ACCOUNTS = 100
 ROUNDS = 4
 QUEUED_SHARE = 10  # one job of so many is queued, the others are done
@@ -196,15 +193,7 @@ def main() -> None:
             found[backend] = {
                 str(number): asyncio.run(measure(url, number, options.calls)) for number in options.jobs
             }
-    result = {
-        "milliseconds": found,
-        "command": " ".join(["bench/many_jobs.py", *sys.argv[1:]]),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = keep("many_jobs", {"milliseconds": found})
     if options.json:
         print(json.dumps(result))
         return

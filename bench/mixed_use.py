@@ -17,10 +17,8 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -30,12 +28,12 @@ from typing import Any
 
 import httpx
 import psutil
+from kept_results import keep
 from stacks import running_parts
 
 from tunery.stack import Stack
 from tunery.supervisor import MARK_VARIABLE
 
-RESULT = Path(__file__).parent / "results" / "mixed_use.json"
 PARTS = ("s3", "authz", "dataset_svc", "job_svc", "trainer_svc", "inference_svc", "gateway")
 SAMPLE_SECONDS = 2.0
 ONE = "/api/v1/fine-tuning"
@@ -175,15 +173,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
     result = asyncio.run(measure(options.minutes))
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    result |= {
-        "command": f"bench/mixed_use.py --minutes {options.minutes:g}",
-        "commit": commit,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = keep("mixed_use", result)
     if options.json:
         print(json.dumps(result))
         return

@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept_results import keep
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from trainer_svc.engine.examples import Example, load_examples
@@ -313,20 +313,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "",
-    )
-    return f"{os.cpu_count()} cores, {platform.machine()}, {model}"
-
-
 def main() -> None:
     """Measures, prints, and keeps the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -346,22 +332,11 @@ def main() -> None:
     options = parser.parse_args()
     assert options.device == "cpu" or torch.cuda.is_available(), "there is no GPU here"
     result = measure(options)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    device = "" if options.device == "cpu" else "_cuda"
-    result_file = BENCH / "results" / f"train_throughput_{options.method}{device}.json"
-    # What a profile showed is written by hand, and kept.
-    if result_file.exists():
-        result["conclusion"] = json.loads(result_file.read_text()).get("conclusion", "")
-    result |= {
-        "command": " ".join(["bench/train_throughput.py", *sys.argv[1:]]),
-        "commit": commit,
-        "hardware": hardware(options.device),
-        "threads": torch.get_num_threads(),
-    }
+    result["threads"] = torch.get_num_threads()
     if not options.dry:
-        result_file.write_text(json.dumps(result, indent=2) + "\n")
+        device = "" if options.device == "cpu" else "_cuda"
+        machine = torch.cuda.get_device_name() if options.device == "cuda" else None
+        result = keep(f"train_throughput_{options.method}{device}", result, machine)
     if options.json:
         print(json.dumps(result))
         return

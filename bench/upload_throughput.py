@@ -12,7 +12,6 @@ import argparse
 import http.client
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -23,10 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from kept_results import keep
 
 from tunery.ports import free_ports
 
-RESULT = Path(__file__).parent / "results" / "upload_throughput.json"
 BOUNDARY = "tunery-bench-boundary"
 BLOCK_BYTES = 1024 * 1024
 POLL_SECONDS = 0.05
@@ -152,19 +151,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args()
     result = measure(int(options.gib * 2**30), options.rounds)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    # What a profile showed is written by hand, and kept.
-    if RESULT.exists():
-        result["conclusion"] = json.loads(RESULT.read_text()).get("conclusion", "")
-    result |= {
-        "command": " ".join(["bench/upload_throughput.py", *sys.argv[1:]]),
-        "commit": commit,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, client on the same machine",
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    result = keep("upload_throughput", result)
     if options.json:
         print(json.dumps(result))
         return
