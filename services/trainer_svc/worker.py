@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import tempfile
 from pathlib import Path
 
 import structlog
@@ -21,6 +22,8 @@ log = structlog.get_logger(__name__)
 _WAIT_SECONDS = 20.0
 _CALL_MARGIN_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
+_CHECKED_BYTES = 4 * 1024 * 1024
+_FULL_DISK_PAUSE_SECONDS = 2.0
 
 
 class Worker:
@@ -64,6 +67,12 @@ class Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def _lease(self) -> worker_pb2.Lease | None:
+        try:
+            self._check_disk()
+        except OSError as error:
+            log.error("the disk takes no more, so no job is asked for", cause=str(error))
+            await asyncio.sleep(_FULL_DISK_PAUSE_SECONDS)
+            return None
         request = worker_pb2.LeaseJobRequest(trainer_id=self._trainer_id, wait_seconds=_WAIT_SECONDS)
         try:
             response = await self._client.call("LeaseJob", request, _WAIT_SECONDS + _CALL_MARGIN_SECONDS)
@@ -72,3 +81,13 @@ class Worker:
             await asyncio.sleep(_PAUSE_SECONDS)
             return None
         return response.lease if response.HasField("lease") else None
+
+    def _check_disk(self) -> None:
+        """Writes a little: with a disk that is full every job of the queue would fail here in turn.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._work_dir) as file:
+            file.write(bytes(_CHECKED_BYTES))
