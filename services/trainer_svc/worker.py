@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -24,6 +25,8 @@ log = structlog.get_logger(__name__)
 _WAIT_SECONDS = 20.0
 _CALL_MARGIN_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
+_CHECKED_BYTES = 4 * 1024 * 1024
+_FULL_DISK_PAUSE_SECONDS = 2.0
 
 
 class Worker:
@@ -64,15 +67,30 @@ class Worker:
     async def _attempt(self, lease: worker_pb2.Lease) -> None:
         log.info("job leased", attempt=lease.attempt)
         folder = self._work_dir / lease.job_id
-        attempt = Attempt(
-            *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder),
-            self._drain_seconds,
-        )
+        try:
+            attempt = Attempt(
+                *(lease, self._client, self._store, self._catalog, self._models_dir, self._probes, folder),
+                self._drain_seconds,
+            )
+        except OSError as error:
+            await self._hand_back(lease, f"the trainer can't write to its disk ({error.strerror})")
+            return
         try:
             await attempt.run()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         log.info("attempt ended", attempt=lease.attempt)
+
+    async def _hand_back(self, lease: worker_pb2.Lease, reason: str) -> None:
+        log.error("the job is handed back", reason=reason)
+        handed_back = worker_pb2.HandedBack(reason=reason)
+        request = worker_pb2.EndAttemptRequest(
+            job_id=lease.job_id, lease_token=lease.lease_token, handed_back=handed_back
+        )
+        try:
+            await self._client.call_until_answered("EndAttempt", request)
+        except TuneryError as error:
+            log.info("job_svc had ended the attempt already", cause=error.message)
 
     async def _clear_work_dir(self) -> None:
         """Sends what a killed trainer had not sent, and removes what it left."""
@@ -85,6 +103,12 @@ class Worker:
         shutil.rmtree(self._work_dir, ignore_errors=True)
 
     async def _lease(self) -> worker_pb2.Lease | None:
+        try:
+            self._check_disk()
+        except OSError as error:
+            log.error("the disk takes no more, so no job is asked for", cause=str(error))
+            await asyncio.sleep(_FULL_DISK_PAUSE_SECONDS)
+            return None
         request = worker_pb2.LeaseJobRequest(trainer_id=self._trainer_id, wait_seconds=_WAIT_SECONDS)
         try:
             response = await self._client.call("LeaseJob", request, _WAIT_SECONDS + _CALL_MARGIN_SECONDS)
@@ -93,3 +117,13 @@ class Worker:
             await asyncio.sleep(_PAUSE_SECONDS)
             return None
         return response.lease if response.HasField("lease") else None
+
+    def _check_disk(self) -> None:
+        """Writes a little: with a disk that is full every job of the queue would fail here in turn.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._work_dir) as file:
+            file.write(bytes(_CHECKED_BYTES))

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-from tests.chaos.cells import exists, run_cell, undisturbed
-from tests.chaos.faults import DEFAULT_LASTING_SECONDS, FAULTS
+from tests.chaos.cells import is_sensible, run_cell, undisturbed
+from tests.chaos.faults import DEFAULT_LASTING_SECONDS, FAULTS, is_possible
 from tests.chaos.invariants import Reference, violations
 from tests.chaos.report import Report
 from tests.chaos.schedules import MAX_STRIKES, Schedule, run_schedule
@@ -34,7 +34,7 @@ def run_matrix(
         first, reference = undisturbed(stack)
         for moment in moments:
             for fault in faults:
-                if exists(fault, moment, stack):
+                if is_possible(FAULTS[fault], stack) and is_sensible(fault, moment):
                     cell = run_cell(stack, fault, moment, reference, lasting_seconds)
                     report.add_cell(cell)
                     num_failed += bool(cell.problems)

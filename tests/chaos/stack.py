@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -33,6 +35,7 @@ SERVICES = ("dataset_svc", "job_svc", "authz", "trainer_svc", "inference_svc", "
 LEASE_SECONDS = 4
 HEALING_SECONDS = 90
 _PROBE_KEY = "chaos/probe"
+_REFILL_SECONDS = 0.02
 _DISK_BYTES = 64 * 1024 * 1024
 _SETTABLE_CLOCK = Path(__file__).with_name("settable_clock")
 
@@ -47,20 +50,31 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._filler = folder / "filler"
+        self._is_to_be_full = threading.Event()
         folder.mkdir(parents=True)
         size = f"size={_DISK_BYTES},mode=0700"
         command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
 
     def fill(self) -> None:
-        """Takes every byte that is free."""
-        with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(65536))
+        """Takes every byte that is free, also those that become so."""
+        self._is_to_be_full.set()
+        self._thread = threading.Thread(target=self._keep_full, daemon=True)
+        self._thread.start()
+
+    def _keep_full(self) -> None:
+        with self._filler.open("ab", buffering=0) as file:
+            while self._is_to_be_full.is_set():
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(4096)):
+                        pass
+                time.sleep(_REFILL_SECONDS)
 
     def free(self) -> None:
         """Gives them back."""
-        self._filler.unlink(missing_ok=True)
+        self._is_to_be_full.clear()
+        self._thread.join()
+        self._filler.unlink()
 
     def remove(self) -> None:
         """Unmounts it."""

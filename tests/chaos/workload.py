@@ -212,7 +212,6 @@ class Account:
                         for line in response.iter_lines():
                             metric = json.loads(line)
                             if "seq" not in metric:  # the stream has failed, and says so in its last line
-                                print(f"the stream of metrics says {line}", flush=True)
                                 break
                             job.metrics.append(metric)
                         else:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from svc_kit.object_store import ObjectStore
 from svc_kit.settings import ObjectStoreSettings
-from tests.conftest import RunningStack
+from tests.conftest import RunningStack, wait_until
 from tests.contract.account import ENDED, Account, dialogs_jsonl, ok, qa_csv
 from tests.contract.processes import service_process
 from tests.contract.samples import METADATA, SUFFIX_OF_64
@@ -171,10 +172,14 @@ def _train_meanwhile(request: pytest.FixtureRequest) -> None:
 
 
 class BusyTrainer:
-    """The stack's one trainer, kept busy by a job that would take hours."""
+    """The stack's one trainer, kept busy by a job that would take hours.
 
-    def __init__(self, account: Account) -> None:
+    After its first step the run stands still, or it would take a processor from all other tests.
+    """
+
+    def __init__(self, account: Account, stack: RunningStack) -> None:
         self.account = account
+        self._stack = stack
         self._dataset_id = account.dataset(qa_csv(2000))
         self._job_id: str | None = None
 
@@ -184,8 +189,27 @@ class BusyTrainer:
         if self._job_id is None or self.account.job(self._job_id)["status"] in ENDED:
             settings = {"epochs": 200, "learning_rate": 1e-5}
             self._job_id = self.account.create_job(self._dataset_id, hyperparameters=settings)
-        self.account.wait(self._job_id, "running")
+            self.account.wait(self._job_id, "running")
+            wait_until(lambda: "training_metrics" in self.account.job(self._job_id or ""), 120, "a step")
+            self._pause()
         return self._job_id
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Has the run go on for the block's time."""
+        for process in self._processes():
+            process.resume()
+        yield
+        self._pause()
+
+    def _pause(self) -> None:
+        for process in self._processes():
+            process.suspend()
+
+    def _processes(self) -> list[psutil.Process]:
+        assert self._job_id is not None
+        found = psutil.Process(self._stack.process.pid).children(recursive=True)
+        return [process for process in found if any(self._job_id in part for part in process.cmdline())]
 
     def stop(self) -> None:
         if self._job_id is not None and self.account.job(self._job_id)["status"] not in ENDED:
@@ -194,10 +218,10 @@ class BusyTrainer:
 
 @pytest.fixture(scope="session")
 def busy_trainer(
-    new_account: Callable[..., Account], request: pytest.FixtureRequest
+    new_account: Callable[..., Account], stack: RunningStack, request: pytest.FixtureRequest
 ) -> Iterator[BusyTrainer]:
     """Keeps every other job queued."""
-    trainer = BusyTrainer(new_account(credits=1_000_000))
+    trainer = BusyTrainer(new_account(credits=1_000_000), stack)
     assert trainer.job_id
     yield trainer
     trainer.stop()
