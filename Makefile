@@ -21,9 +21,8 @@ setup: $(INSTALLED) ## Make .venv, install everything pinned, fetch the base mod
 demo: setup ## Fine-tune a small model on a sample, and show what it has learnt.
 	$(BIN)/tunery demo
 
-# In two processes: much of the time goes into waiting for others to start.
 test: setup check ## Run every check and every test.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 # Everything once more, on PostgreSQL, with ten times the made-up cases; then process after process is killed.
 nightly: setup ## The tests on PostgreSQL with far more cases, and chaos. An hour or more.

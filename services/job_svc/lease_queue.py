@@ -463,6 +463,7 @@ class LeaseQueue:
                 await self._requeue(jobs.c.lease_expires_at < utc_now(), "the trainer was lost")
             except DATABASE_AWAY as error:
                 log.warning("lapsed leases can't be looked for", cause=str(error))
+                listening_since = clock()  # nobody could renew a lease meanwhile
 
 
 def _whose_turn(max_running_jobs: int | None) -> sa.Select[Any]:

@@ -19,7 +19,7 @@ from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
 from svc_kit.catalog import BaseModelEntry, Catalog
-from svc_kit.errors import LeaseLost, NotFound, TuneryError
+from svc_kit.errors import LeaseLost, NotFound, PermissionDenied, TuneryError, Unauthenticated
 from svc_kit.object_store import ObjectStore
 from trainer_svc.base_models import is_pulled, pull
 from trainer_svc.event_reporter import EventReporter, JobServiceClient
@@ -127,7 +127,8 @@ class Attempt:
             return None
         except RunFailed as failure:
             return failure
-        except NotFound as error:  # what job_svc named is gone from the store
+        except (NotFound, Unauthenticated, PermissionDenied) as error:
+            # What job_svc named is gone from the store, or clocks that differ made this trainer's tokens void.
             return RunFailed(error.message, "platform")
         except TuneryError as error:
             return RunFailed(error.message, "job" if error.http_status < 500 else "platform")

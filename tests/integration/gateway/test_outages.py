@@ -34,7 +34,7 @@ def free_address() -> str:
 
 
 def without_retries(configuration: str) -> str:
-    return configuration.replace("num_retries: 16", "num_retries: 0")
+    return configuration.replace("num_retries: 28", "num_retries: 0")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
