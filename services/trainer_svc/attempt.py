@@ -128,7 +128,7 @@ class Attempt:
         except RunFailed as failure:
             return failure
         except (NotFound, Unauthenticated, PermissionDenied) as error:
-            # What job_svc named is gone from the store, or clocks that differ made this trainer's tokens void.
+            # What job_svc named is gone from the store, or a clock's jump made this trainer's tokens void.
             return RunFailed(error.message, "platform")
         except TuneryError as error:
             return RunFailed(error.message, "job" if error.http_status < 500 else "platform")
