@@ -131,7 +131,9 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
                 raise
             except Exception as error:
                 known = _known(error)
-                result = known.code
+                if record:  # before the answer: who gets it may look for the record at once
+                    record.write(known.code)
+                    record = None
                 if known.http_status < 500:
                     _log_answered(started, code=known.code)
                 # The transcoder sends a response's status as soon as initial metadata comes, so none may
