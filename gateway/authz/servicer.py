@@ -18,13 +18,10 @@ from gateway.authz.api_keys import ApiKey
 from gateway.errors import details_headers
 from svc_kit.errors import Unauthenticated
 from svc_kit.identity import current_identity
+from svc_kit.rest_answers import CREATED, NO_CONTENT
 from svc_kit.strict_json import StrictBody, parse_json_object, validate
 from tunery.account.v1 import account_service_pb2 as account_pb2
 from tunery.account.v1 import account_service_pb2_grpc
-
-# What the gateway makes of a success; see gateway/envelope.lua.
-CREATED = (("x-http-status", "201"),)
-NO_CONTENT = (("x-http-status", "204"),)
 
 # RFC 6750's form of a token. Envoy joins repeated headers with a comma, which is none of these.
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)

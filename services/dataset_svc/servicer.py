@@ -19,6 +19,7 @@ from dataset_svc.uploads import Uploads
 from svc_kit.errors import InvalidRequest, MalformedUpload, NotFound
 from svc_kit.idempotency import idempotency_key
 from svc_kit.identity import current_identity
+from svc_kit.rest_answers import CREATED, NO_CONTENT
 from tunery.dataset.v1 import (
     dataset_pb2,
     dataset_report_pb2,
@@ -27,10 +28,6 @@ from tunery.dataset.v1 import (
     job_data_service_pb2,
     job_data_service_pb2_grpc,
 )
-
-# What the gateway makes of a success; see gateway/envelope.lua.
-CREATED = (("x-http-status", "201"),)
-NO_CONTENT = (("x-http-status", "204"),)
 
 
 def _message(dataset: sa.Row[Any]) -> dataset_pb2.Dataset:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_svc import credits
@@ -159,13 +158,8 @@ def _gib(num_bytes: float) -> str:
 
 async def put_probe(database: Database, connection: AsyncConnection, probe: dict[str, Any]) -> None:
     """Keeps a measurement; the newest counts."""
-    insert = sqlite.insert if database.is_sqlite else postgresql.insert
     key = {name: probe[name] for name in ("base_model", "method", "dtype")}
-    await connection.execute(
-        insert(probes)
-        .values(**key, figures=probe)
-        .on_conflict_do_update(index_elements=list(key), set_={"figures": probe})
-    )
+    await database.upsert(connection, probes, key, {"figures": probe})
 
 
 async def find_probe(connection: AsyncConnection, run: dict[str, Any]) -> dict[str, Any] | None:

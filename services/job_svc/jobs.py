@@ -74,10 +74,10 @@ class Jobs:
             InsufficientCredits: the balance is below the cost.
             LimitReached: the account has as many live jobs as it may.
         """
-        async with self._database.read() as connection:
-            made = await self._made_with(connection, account_id, idempotency_key, plan)
-        if made is not None:
-            return made
+        if idempotency_key is not None:
+            async with self._database.read() as connection:
+                if made := await self._made_with(connection, account_id, idempotency_key, plan):
+                    return made
         _check_modules(plan, self._catalog.get(plan.base_model))
         job_id = new_id("job")
         try:

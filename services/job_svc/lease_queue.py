@@ -15,7 +15,6 @@ from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_svc import credits, estimates
@@ -143,13 +142,7 @@ class LeaseQueue:
         )
 
     async def _note_turn(self, connection: AsyncConnection, account_id: str) -> None:
-        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        values = {"taken_at": utc_now()}
-        await connection.execute(
-            insert(turns)
-            .values(account_id=account_id, **values)
-            .on_conflict_do_update(index_elements=["account_id"], set_=values)
-        )
+        await self._database.upsert(connection, turns, {"account_id": account_id}, {"taken_at": utc_now()})
 
     def _expiry(self) -> dt.datetime:
         return utc_now() + dt.timedelta(seconds=self.lease_seconds)
@@ -286,32 +279,22 @@ class LeaseQueue:
             "ends_epoch": bool(data["ends_epoch"]),
             "object_prefix": data["object_prefix"],
         }
-        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
         # A resumed attempt may write a step's checkpoint again; the newest counts.
-        await connection.execute(
-            insert(checkpoints)
-            .values(job_id=job_id, step=int(data["step"]), **values)
-            .on_conflict_do_update(index_elements=["job_id", "step"], set_=values)
-        )
+        key = {"job_id": job_id, "step": int(data["step"])}
+        await self._database.upsert(connection, checkpoints, key, values)
 
     async def _put_model(
         self, connection: AsyncConnection, job: sa.Row[Any], object_prefix: str, status: str
     ) -> None:
         """Makes a job's model, or changes its status: it keeps its id on the way from one to the next."""
-        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
         values = {"object_prefix": object_prefix, "status": status, "created_at": utc_now()}
-        await connection.execute(
-            insert(models)
-            .values(
-                id=_model_id(job),
-                account_id=job.account_id,
-                base_model=job.base_model,
-                job_id=job.id,
-                method=job.run["method"]["kind"],
-                **values,
-            )
-            .on_conflict_do_update(index_elements=["job_id"], set_=values)
-        )
+        only_first = {
+            "id": _model_id(job),
+            "account_id": job.account_id,
+            "base_model": job.base_model,
+            "method": job.run["method"]["kind"],
+        }
+        await self._database.upsert(connection, models, {"job_id": job.id}, values, only_first)
 
     async def complete(self, job_id: str, lease_token: str, result: RunResult) -> None:
         """Ends a job with its model: state, model and credits in one transaction. Idempotent.

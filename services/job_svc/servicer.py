@@ -21,6 +21,7 @@ from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.idempotency import idempotency_key
 from svc_kit.identity import current_identity
+from svc_kit.rest_answers import CREATED, NDJSON, NO_CONTENT
 from svc_kit.strict_json import message_to_object, parse_json_object, validate
 from tunery.job.v1 import (
     credit_service_pb2 as credit_pb2,
@@ -44,11 +45,6 @@ from tunery.job.v1 import (
 from tunery.job.v1 import (
     model_service_pb2 as model_service_pb2,
 )
-
-# What the gateway makes of a success; see gateway/envelope.lua.
-CREATED = (("x-http-status", "201"),)
-NO_CONTENT = (("x-http-status", "204"),)
-NDJSON = (("x-http-content-type", "application/x-ndjson"),)
 
 
 def _account_id() -> str:
@@ -81,7 +77,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         plan = validate(CsvJobBody, body).plan()
         job = await self._jobs.create(_account_id(), plan, idempotency_key(context))
         # A repeated request's job may have ended meanwhile.
-        return views.job_message(job, (await self._models.of_jobs([job.id])).get(job.id))
+        return await self._show(job.id, views.job_message)
 
     async def ListJobs(self, request: job_service_pb2.ListJobsRequest, context: Any) -> job_pb2.JobList:
         limit = request.limit if request.HasField("limit") else None

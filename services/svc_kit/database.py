@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import alembic.command
 import alembic.config
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.types import TypeDecorator
@@ -101,6 +102,30 @@ class Database:
         """
         if not self.is_sqlite:
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
+
+    async def upsert(
+        self,
+        connection: AsyncConnection,
+        table: sa.Table,
+        key: Mapping[str, Any],
+        values: Mapping[str, Any],
+        only_first: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Makes a row, or changes the one of the same key.
+
+        Args:
+            connection: a `write()`'s.
+            table: with a unique index over the key's columns.
+            key: their values.
+            values: of the other columns, new or changed.
+            only_first: of columns that a row keeps once it is there.
+        """
+        insert = sqlite.insert if self.is_sqlite else postgresql.insert
+        await connection.execute(
+            insert(table)
+            .values({**key, **(only_first or {}), **values})
+            .on_conflict_do_update(index_elements=list(key), set_=dict(values))
+        )
 
     async def close(self) -> None:
         """Closes every connection."""

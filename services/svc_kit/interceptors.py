@@ -103,7 +103,8 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
         rpc = handler_call_details.method
-        if handler is None or rpc.split("/")[1] in OPEN_SERVICES:
+        service = rpc.split("/")[1]
+        if handler is None or service in OPEN_SERVICES:
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
 
@@ -117,7 +118,7 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
             record = None
             result = "cancelled"
             try:
-                identity = self._admit(rpc.split("/")[1], str(metadata.get("authorization", "")))
+                identity = self._admit(service, str(metadata.get("authorization", "")))
                 structlog.contextvars.bind_contextvars(caller=identity.kind)
                 set_current_identity(identity)
                 if identity.kind == "account" and not is_read(rpc):

@@ -96,15 +96,17 @@ class Attempt:
         match outcome:
             case None:
                 log.info("the lease is lost; the run was stopped", job_id=self._lease.job_id)
-                await self._end(handed_back=worker_pb2.HandedBack(reason="the run was stopped"), once=True)
+                await self._client.end_attempt(
+                    self._lease, handed_back=worker_pb2.HandedBack(reason="the run was stopped"), once=True
+                )
             case RunStopped():
                 handed_back = worker_pb2.HandedBack(reason="the trainer was stopped")
-                await self._end(handed_back=handed_back, once=True)
+                await self._client.end_attempt(self._lease, handed_back=handed_back, once=True)
             case RunFailed():
                 failed = worker_pb2.Failed(message=outcome.message, fault=outcome.fault)
-                await self._end(failed=failed, once=self._is_told_to_stop)
+                await self._client.end_attempt(self._lease, failed=failed, once=self._is_told_to_stop)
             case _:
-                await self._end(completed=outcome, once=self._is_told_to_stop)
+                await self._client.end_attempt(self._lease, completed=outcome, once=self._is_told_to_stop)
         if self._is_told_to_stop:
             raise asyncio.CancelledError
 
@@ -164,18 +166,6 @@ class Attempt:
     async def _stop(self) -> None:
         if self._process is not None:
             await self._process.kill()
-
-    async def _end(self, once: bool = False, **outcome: Any) -> None:
-        request = worker_pb2.EndAttemptRequest(
-            job_id=self._lease.job_id, lease_token=self._lease.lease_token, **outcome
-        )
-        try:
-            if once:  # whatever comes of it, a lapsed lease says the same a little later
-                await self._client.call("EndAttempt", request, timeout_seconds=2.0)
-            else:
-                await self._client.call_until_answered("EndAttempt", request)
-        except TuneryError as error:
-            log.info("job_svc had ended the attempt already", job_id=self._lease.job_id, cause=error.message)
 
     async def _train(self) -> worker_pb2.Completed:
         spec = await self._prepare()

@@ -73,24 +73,15 @@ class Worker:
                 self._drain_seconds,
             )
         except OSError as error:
-            await self._hand_back(lease, f"the trainer can't write to its disk ({error.strerror})")
+            log.error("the job is handed back: the disk takes no more", cause=str(error))
+            reason = f"the trainer can't write to its disk ({error.strerror})"
+            await self._client.end_attempt(lease, handed_back=worker_pb2.HandedBack(reason=reason))
             return
         try:
             await attempt.run()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         log.info("attempt ended", attempt=lease.attempt)
-
-    async def _hand_back(self, lease: worker_pb2.Lease, reason: str) -> None:
-        log.error("the job is handed back", reason=reason)
-        handed_back = worker_pb2.HandedBack(reason=reason)
-        request = worker_pb2.EndAttemptRequest(
-            job_id=lease.job_id, lease_token=lease.lease_token, handed_back=handed_back
-        )
-        try:
-            await self._client.call_until_answered("EndAttempt", request)
-        except TuneryError as error:
-            log.info("job_svc had ended the attempt already", cause=error.message)
 
     async def _clear_work_dir(self) -> None:
         """Sends what a killed trainer had not sent, and removes what it left."""
