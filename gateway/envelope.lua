@@ -5,6 +5,8 @@
 --   errors:  google.rpc.ErrorInfo of the domain "tunery": reason is the error's code, metadata.type its
 --            type, metadata.http_status the HTTP status. An error without it is the transport's or was
 --            foreseen by nobody; its text is not for clients.
+--   lines:   of a stream that fails before its first line the one line is the error. One that fails later just
+--            ends, since the transcoder says nothing then: a log without its end line is to be read on.
 -- Errors of Envoy's own on a REST call are written by local_reply_config and left alone here.
 
 -- By HTTP status: type, code, message. docs/errors.md lists the codes.
@@ -25,6 +27,7 @@ local UNFORESEEN = {"server_error", "internal_error", "The service failed; its l
 -- Texts of Envoy's own that tell what a gRPC status code alone doesn't.
 local ROUTER_TIMEOUT = "upstream request timeout"
 local BODY_OVER_LIMIT = "request too long"
+local NDJSON = "application/x-ndjson"
 local INTERNAL_HEADERS = {"x-http-status", "x-http-content-type"}
 local GRPC_HEADERS = {"grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding"}
 
@@ -153,8 +156,26 @@ local function answer_native(headers)
   end
 end
 
+local function as_error(message, kind, code)
+  return '{"error":{"message":' .. message .. ',"type":"' .. kind .. '","code":"' .. code .. '"}}'
+end
+
+-- What failed before the first line comes as that line, a google.rpc.Status; no line of a service is like it.
+local function answer_failed_lines(handle)
+  for chunk in handle:bodyChunks() do
+    local text = chunk:getBytes(0, chunk:length())
+    if text:sub(1, 8) == '{"code":' then
+      local http_status = text:match('^{"code":14[,}]') and "503" or "500"
+      local _, message, kind, code = envelope(http_status, "application/json", text)
+      chunk:setBytes(as_error(message, kind, code) .. "\n")
+    end
+    return
+  end
+end
+
 local function answer_success(handle, headers, status, content_type)
   if content_type then headers:replace("content-type", content_type) end
+  if content_type == NDJSON then return answer_failed_lines(handle) end
   if not status or not status:match("^2%d%d$") then return end
   headers:replace(":status", status)
   if status == "204" then
@@ -206,5 +227,5 @@ function envoy_on_response(handle)
   http_status, message, kind, code = envelope(http_status, content_type, text)
   handle:headers():replace(":status", http_status)
   handle:headers():replace("content-type", "application/json")
-  body:setBytes('{"error":{"message":' .. message .. ',"type":"' .. kind .. '","code":"' .. code .. '"}}')
+  body:setBytes(as_error(message, kind, code))
 end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,28 +61,28 @@ class LogStream:
     ) -> AsyncIterator[list[sa.Row[Any]]]:
         """Yields the lines after `after_seq` as they come, each once and in order, until the last of all.
 
-        With `stored_only` it ends with what is stored.
+        What is stored comes at once, be it nothing: then at least the log could be read. With `stored_only`
+        that is all.
         """
+        lines = await self.read(job_id, after_seq)
+        yield lines
         if stored_only:
-            while page := await self.read(job_id, after_seq):
-                yield page
-                after_seq = page[-1].seq
+            while lines:
+                lines = await self.read(job_id, lines[-1].seq)
+                yield lines
             return
         newest = await self._newest_seq(job_id)
         with self._tail(job_id, newest) as tail:
-            while True:
+            while not _has_end(lines):
+                after_seq = lines[-1].seq if lines else after_seq
                 grown = tail.grown
-                lines = tail.lines_after(after_seq)
-                if lines is None:
-                    lines = await self.read(job_id, after_seq)
+                newest_lines = tail.lines_after(after_seq)
+                lines = await self.read(job_id, after_seq) if newest_lines is None else newest_lines
                 if lines:
                     yield lines
-                    after_seq = lines[-1].seq
-                    if lines[-1].kind == "end":
-                        return
                 elif await self._is_over(job_id, after_seq):
                     return
-                if len(lines) < PAGE_LINES:
+                if len(lines) < PAGE_LINES and not _has_end(lines):
                     await tail.wait(grown)
 
     @contextlib.contextmanager
@@ -123,6 +123,10 @@ class LogStream:
         )
         async with self._database.read() as connection:
             return list(await connection.execute(query))
+
+
+def _has_end(lines: Sequence[sa.Row[Any]]) -> bool:
+    return bool(lines) and lines[-1].kind == "end"
 
 
 class _Tail:

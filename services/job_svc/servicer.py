@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from google.api import httpbody_pb2
@@ -45,6 +45,8 @@ from tunery.job.v1 import (
 from tunery.job.v1 import (
     model_service_pb2 as model_service_pb2,
 )
+
+_Page = TypeVar("_Page")
 
 
 def _account_id() -> str:
@@ -120,8 +122,8 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             raise InvalidRequest("`after_seq` must be 0 or more.", field="after_seq")
         job = await self._jobs.get(_account_id(), request.job_id)
         with self._logs.follower(_account_id()):
-            await context.send_initial_metadata(NDJSON)
-            async for page in self._logs.follow(job.id, request.after_seq, stored_only=request.stored_only):
+            pages = self._logs.follow(job.id, request.after_seq, stored_only=request.stored_only)
+            async for page in _as_ndjson(pages, context):
                 for event in page:
                     if event.kind in views.METRIC_KINDS:
                         yield views.metric(event)
@@ -175,9 +177,9 @@ class FineTuningServicer(fine_tuning_service_pb2_grpc.FineTuningServiceServicer)
     ) -> AsyncIterator[fine_tuning_pb2.LogLines]:
         job = await self._jobs.get(_account_id(), _required_job_id(request.job_id))
         with self._logs.follower(_account_id()):
-            await context.send_initial_metadata(NDJSON)
-            async for page in self._logs.follow(job.id, 0):
-                yield views.log_lines(page)
+            async for page in _as_ndjson(self._logs.follow(job.id, 0), context):
+                if page:
+                    yield views.log_lines(page)
 
     async def GetJobFile(
         self, request: fine_tuning_pb2.GetJobFileRequest, context: Any
@@ -248,6 +250,15 @@ class CreditServicer(credit_service_pb2_grpc.CreditServiceServicer):
     ) -> credit_pb2.CreditEntryList:
         found = await self._ledger.entries(_account_id())
         return credit_pb2.CreditEntryList(data=[views.entry_message(entry) for entry in found])
+
+
+async def _as_ndjson(pages: AsyncIterator[_Page], context: Any) -> AsyncIterator[_Page]:
+    """A log's pages. That lines come is told with the first, so that what fails before is an error."""
+    first = await anext(pages)
+    await context.send_initial_metadata(NDJSON)
+    yield first
+    async for page in pages:
+        yield page
 
 
 def _without_empty(body: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 from google.api import httpbody_pb2
 from google.protobuf import empty_pb2
@@ -91,6 +92,23 @@ async def test_ndjson_lines_come_one_by_one(gateway: Gateway, upstreams: Upstrea
 
     assert seen == [{"logs": [{"message": f"line {number}\n“ü”"}]} for number in range(3)]
     assert upstreams.last.request.job_id == "j1"
+
+
+async def test_lines_that_fail_before_the_first_are_one_error(gateway: Gateway, upstreams: Upstreams) -> None:
+    async def tail(_request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.send_initial_metadata((("x-http-content-type", "application/x-ndjson"),))
+        if not context.cancelled():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "10.0.0.7 refuses")
+        yield fine_tuning_service_pb2.LogLines()
+
+    upstreams.on("TailJob", tail)
+
+    answer = await gateway.client.get("/fine_tuning/jobs/tail", params={"job_id": "j1"})
+
+    (line,) = answer.text.splitlines()
+    error = json.loads(line)["error"]
+    assert (error["type"], error["code"]) == ("server_error", "unavailable")
+    assert "10.0.0.7" not in line
 
 
 async def test_a_tail_that_nobody_reads_any_more_is_ended(gateway: Gateway, upstreams: Upstreams) -> None:

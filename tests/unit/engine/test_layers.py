@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from trainer_svc.engine.examples import Example
-from trainer_svc.engine.layers import segment_attention
+from trainer_svc.engine.layers import projection, segment_attention
+from trainer_svc.engine.layers import speed_up as speed_up_module
+from trainer_svc.engine.layers.packed_weight import PackedWeight
 from trainer_svc.engine.layers.speed_up import is_fast, speed_up
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, make_pack
@@ -310,6 +313,31 @@ def test_bfloat16_is_near_float32(method: str) -> None:
         return (difference / sum(float(g.square().sum()) for g in exact_gradients.values())) ** 0.5
 
     assert error(gradients(model)) < 2.5 * error(usual_gradients)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_packed_weights_change_nothing(config: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = make_examples(40, 30)
+    runs = []
+    for limit in (0, 2**30):
+        monkeypatch.setattr(speed_up_module, "_PACKED_UP_TO_BYTES", limit)
+        model = make_model(CONFIGS[config], METHODS[method])
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        packed = Mock(wraps=PackedWeight)
+        monkeypatch.setattr(projection, "PackedWeight", packed)
+        assert speed_up(model, torch.bfloat16)
+        # Four products a layer, and the head.
+        can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert packed.call_count == (9 if limit and can_pack else 0)
+        loss = summed_loss(model, make_pack(examples, CPU), torch.bfloat16, packs_rows=True)
+        loss.backward()
+        runs.append((float(loss.detach()), gradients(model)))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-3)
+    for name, gradient in runs[0][1].items():
+        assert torch.dist(gradient, runs[1][1][name]) <= 1e-2 * gradient.norm(), name
 
 
 def test_rows_never_see_each_other() -> None:

@@ -18,6 +18,8 @@ from trainer_svc.engine.layers.projection import Projection
 
 # Logits of one part. On the CPU about what its last cache holds; on a GPU enough to fill it.
 _MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+# Products of other sizes are slower.
+_ROWS_MULTIPLE = 32
 # On the CPU a sum in another format makes a copy first.
 _ROWS_OF_A_SUM = {"cpu": 64, "cuda": 2**30}
 
@@ -58,7 +60,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         grad_TD = torch.empty_like(hidden_TD) if makes_gradient else None
         gradients: list[Tensor | None] = [None] * len(needs)
-        rows = max(1, _MAX_LOGITS[hidden_TD.device.type] // weights.weight_OI.shape[0])
+        rows = _MAX_LOGITS[hidden_TD.device.type] // weights.weight_OI.shape[0]
+        rows = max(rows - rows % _ROWS_MULTIPLE, _ROWS_MULTIPLE)
         for start in range(0, len(hidden_TD), rows):
             hidden_CD = hidden_TD[start : start + rows]
             logits_CV, low_CR = head.apply(hidden_CD, weights)

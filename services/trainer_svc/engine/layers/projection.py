@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from trainer_svc.engine.layers.packed_weight import PackedWeight, can_be_packed
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -19,12 +21,14 @@ class Weights:
 
     Attributes:
         weight_OI: the matrices, one below the other.
+        packed: the same, if it was packed.
         bias_O: None if the matrices have none.
         down_RI: the adapters' first matrices, one below the other; None without adapters.
         up: the adapters' second matrices times their scale, each [its outputs, its rank].
     """
 
     weight_OI: Tensor
+    packed: PackedWeight | None
     bias_O: Tensor | None
     down_RI: Tensor | None
     up: tuple[Tensor, ...]
@@ -48,6 +52,7 @@ class Projection:
         adapted = [(i, module) for i, module in enumerate(modules) if isinstance(module, LoraLinear)]
         self._adapted_outputs = [self._outputs[index] for index, _ in adapted]
         self._ranks = _ranges([module.r[_adapter(module)] for _, module in adapted])
+        self._packed: PackedWeight | None = None
         self._scales = [float(module.scaling[_adapter(module)]) for _, module in adapted]
 
     @staticmethod
@@ -94,6 +99,12 @@ class Projection:
         for parameter, (start, end) in zip(parameters, self._outputs, strict=True):
             parameter.data = together[start:end]
 
+    def pack(self) -> None:
+        """Packs the matrices, if they can be packed. From then on they must not change."""
+        matrices = [_base(module).weight for module in self._modules]
+        if all(can_be_packed(matrix) for matrix in matrices):
+            self._packed = PackedWeight(_stack(matrices, matrices[0].dtype).detach())
+
     def weights(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Weights:
         """The parameters' values as the products need them.
 
@@ -104,6 +115,7 @@ class Projection:
         matrices, biases, downs, ups = self._parts(parameters)
         return Weights(
             weight_OI=_stack(matrices, dtype),
+            packed=self._packed,
             bias_O=torch.cat([bias.to(dtype) for bias in biases]) if biases else None,
             down_RI=torch.cat([down.to(dtype) for down in downs]) if downs else None,
             up=tuple((up * scale).to(dtype) for up, scale in zip(ups, self._scales, strict=True)),
@@ -124,7 +136,9 @@ class Projection:
             [S, O], and the input times the adapters' first matrices, [S, R], which `backward` needs; None
             without adapters.
         """
-        if residual_SO is not None:
+        if weights.packed is not None:
+            out_SO = weights.packed.times(x_SI, residual_SO)
+        elif residual_SO is not None:
             out_SO = torch.addmm(residual_SO, x_SI, weights.weight_OI.t())
         else:
             out_SO = torch.mm(x_SI, weights.weight_OI.t())
@@ -167,7 +181,10 @@ class Projection:
                 torch.mm(grad_SO[:, start:end], up, out=grad_low_SR[:, first:last])
         grad_SI = None
         if needs_input:
-            grad_SI = torch.mm(grad_SO, weights.weight_OI)
+            if weights.packed is not None:
+                grad_SI = weights.packed.input_gradient(grad_SO)
+            else:
+                grad_SI = torch.mm(grad_SO, weights.weight_OI)
             if grad_low_SR is not None:
                 assert weights.down_RI is not None
                 grad_SI.addmm_(grad_low_SR, weights.down_RI)

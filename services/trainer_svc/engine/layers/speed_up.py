@@ -28,6 +28,8 @@ from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, Pack
 # Products of other sizes are up to a tenth slower, and the CPU's library keeps a megabyte for each size that
 # it has ever seen.
 _TOKENS_MULTIPLE = 32
+# Larger models' weights aren't packed: the two copies would take too much memory for what they gain.
+_PACKED_UP_TO_BYTES = 2**30
 
 
 def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
@@ -37,7 +39,7 @@ def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     anything is compiled or sharded. Frozen weights are laid out anew in memory.
 
     Args:
-        model: changed in place.
+        model: changed in place. Its frozen weights must not change afterwards.
         dtype: of activations and matrix products.
 
     Returns:
@@ -47,9 +49,15 @@ def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     causal_lm = _causal_lm(model)
     if not _is_covered(causal_lm):
         return False
+    projections = [Projection([causal_lm.lm_head])]
+    (head,) = projections
     for layer in causal_lm.model.layers:
-        _extend(layer, functools.partial(_layer_forward, layer, FastLayer(layer, dtype)))
-    head = Projection([causal_lm.lm_head])
+        fast_layer = FastLayer(layer, dtype)
+        _extend(layer, functools.partial(_layer_forward, layer, fast_layer))
+        projections += fast_layer.projections
+    if sum(p.nbytes for projection in projections for p in projection.parameters()) <= _PACKED_UP_TO_BYTES:
+        for projection in projections:
+            projection.pack()
     _extend(causal_lm.lm_head, functools.partial(_head_forward, head, dtype))
     _extend(causal_lm, functools.partial(_model_forward, causal_lm, dtype))
     causal_lm.tunery_fast_layers = True
