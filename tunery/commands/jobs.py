@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Create, list, watch and cancel fine-tuning jobs.", no_args_is_help=True)
 
+_SERVER_ERROR = 500
+
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID")]
 
 
@@ -60,16 +62,25 @@ def create(
         "learning_rate": learning_rate,
         "validation_split": validation_split,
     }
+    from tunery.client import ClientError
+
     hyperparameters = cast(
         "Hyperparameters", {name: value for name, value in given.items() if value is not None}
     )
     with connect(data_dir) as client:
-        if os.sep in dataset or dataset.lower().endswith(".csv") or Path(dataset).is_file():
-            dataset = upload_with_progress(client, Path(dataset), None)["id"]
         base_model = model or client.list_base_models()[0]["id"]
-        job = client.create_job(
-            base_model, dataset, cast("TaskType", task), hyperparameters, suffix, priority
-        )
+        is_file = os.sep in dataset or dataset.lower().endswith(".csv") or Path(dataset).is_file()
+        if is_file:
+            dataset = upload_with_progress(client, Path(dataset), None)["id"]
+        try:
+            job = client.create_job(
+                base_model, dataset, cast("TaskType", task), hyperparameters, suffix, priority
+            )
+        except ClientError as error:
+            # What was uploaded for it has no use then. A server's error doesn't tell that there is no job.
+            if is_file and error.http_status is not None and error.http_status < _SERVER_ERROR:
+                client.delete_dataset(dataset)
+            raise
         if not follow:
             _print_job(job, as_json)
             return
@@ -129,9 +140,6 @@ def show(job_id: JobId, data_dir: DataDir = None, as_json: AsJson = False) -> No
 @app.command()
 def logs(
     job_id: JobId,
-    priority: Annotated[
-        int, typer.Option(help="Of your own queued jobs the highest goes first, -100 to 100.")
-    ] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
     data_dir: DataDir = None,
     as_json: AsJson = False,

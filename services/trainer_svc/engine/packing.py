@@ -169,7 +169,7 @@ def _even_out(groups: list[list[int]], lengths: Sequence[int]) -> None:
 
 
 def packed_attention(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001 transformers passes it
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -428,12 +428,14 @@ def test_wrong_jobs(stack, rows_csv):
     assert_fails(stack.tunery("jobs", "logs", "job-none"), NOT_FOUND)
     assert_fails(stack.tunery("jobs", "logs", "-f", "job-none"), NOT_FOUND)
     assert_fails(stack.tunery("jobs", "cancel", "job-none"), NOT_FOUND)
+    kept = {dataset["id"] for dataset in stack.tunery("datasets", "list", "--json").json["data"]}
     assert_fails(stack.tunery("jobs", "create", "ds-none", "--model", "tunery-tiny"), REFUSED, "ds-none")
     assert_fails(stack.tunery("jobs", "create", "none.csv"), USAGE, "none.csv")
     assert_fails(stack.tunery("jobs", "list", "--limit", "101"), REFUSED, "limit")
     assert_fails(stack.tunery("jobs", "create", str(rows_csv), "--model", "x"), REFUSED, "unknown_base_model")
     assert_fails(stack.tunery("jobs", "create", str(rows_csv), "--task", "x"), REFUSED, "task")
     assert_fails(stack.tunery("jobs", "create", str(rows_csv), "--epochs", "0"), REFUSED, "epochs")
+    assert {dataset["id"] for dataset in stack.tunery("datasets", "list", "--json").json["data"]} == kept
 
 
 def test_cancelled_job_ends_its_follower(stack, long_job):
