@@ -183,6 +183,7 @@ def _shared_environment(
         "TUNERY_IDENTITY_DIR": str(data_dir / "identity"),
         "TUNERY_DATASET_SVC_ADDRESS": found_at["dataset_svc"],
         "TUNERY_JOB_SVC_ADDRESS": found_at["job_svc"],
+        "TUNERY_AUTHZ_ADDRESS": found_at["authz"],
         "TUNERY_MODELS_DIR": str(models_dir(environment)),
         "TUNERY_WORK_DIR": environment.get("TUNERY_WORK_DIR") or str(data_dir / "work"),
         "TUNERY_CACHE_DIR": environment.get("TUNERY_CACHE_DIR") or str(data_dir / "cache"),

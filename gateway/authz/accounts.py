@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -218,6 +218,10 @@ class Accounts:
             )
         await self._repository.remove_key(key)
         self._found.pop(key.key_hash, None)
+
+    async def revoked_of(self, names: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Returns which of some keys, each an account's id and a key's, aren't there (any more)."""
+        return set(names) - await self._repository.names_of_keys({account_id for account_id, _ in names})
 
     async def _account(self, caller: Identity, account_id: str | None) -> Account:
         if account_id not in (None, caller.subject) and "admin" not in caller.scopes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ class AccountRepository:
         )
         async with self._database.read() as connection:
             return [_api_key(row) for row in await connection.execute(query)]
+
+    async def names_of_keys(self, account_ids: Collection[str]) -> set[tuple[str, str]]:
+        """Returns the account's id and the key's of every key of some accounts."""
+        query = sa.select(api_keys.c.account_id, api_keys.c.prefix).where(
+            api_keys.c.account_id.in_(account_ids)
+        )
+        async with self._database.read() as connection:
+            return {(row.account_id, row.prefix) for row in await connection.execute(query)}
 
     async def add(self, account: Account, key: ApiKey) -> None:
         """Stores an account with its key, both or none."""

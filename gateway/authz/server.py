@@ -1,4 +1,4 @@
-"""The auth check's server: one service for Envoy, one for admins."""
+"""The auth check's server: a service for Envoy, one for accounts, one for the stack's own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from envoy.service.auth.v3 import external_auth_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
 from gateway.authz.accounts import Accounts
-from gateway.authz.servicer import AccountServicer, AuthorizationServicer
-from svc_kit.identity import Identity, Verifier
+from gateway.authz.servicer import AccountServicer, AuthorizationServicer, KeyServicer
+from svc_kit.identity import Identity, Kind, Verifier
 from svc_kit.interceptors import ServingInterceptor
 from svc_kit.server import SERVER_OPTIONS
-from tunery.account.v1 import account_service_pb2_grpc
+from tunery.account.v1 import account_service_pb2_grpc, key_service_pb2_grpc
 
 _CHECK_SERVICE = "envoy.service.auth.v3.Authorization"
 
@@ -35,7 +35,11 @@ def make_authz_server(
 
     It is no place for clients: whoever reaches the check directly can try keys without the gateway's limits.
     """
-    interceptor = AuthzInterceptor(verifier, {"tunery.account.v1.AccountService": frozenset({"account"})})
+    allow: dict[str, frozenset[Kind]] = {
+        "tunery.account.v1.AccountService": frozenset({"account"}),
+        "tunery.account.v1.KeyService": frozenset({"job_svc", "inference_svc"}),
+    }
+    interceptor = AuthzInterceptor(verifier, allow)
     server = grpc.aio.server(
         interceptors=[interceptor],
         options=SERVER_OPTIONS,
@@ -44,4 +48,5 @@ def make_authz_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     external_auth_pb2_grpc.add_AuthorizationServicer_to_server(AuthorizationServicer(accounts), server)
     account_service_pb2_grpc.add_AccountServiceServicer_to_server(AccountServicer(accounts), server)
+    key_service_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(accounts), server)
     return server, health_servicer

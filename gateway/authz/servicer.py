@@ -21,7 +21,7 @@ from svc_kit.identity import current_identity
 from svc_kit.rest_answers import CREATED, NO_CONTENT
 from svc_kit.strict_json import StrictBody, parse_json_object, validate
 from tunery.account.v1 import account_service_pb2 as account_pb2
-from tunery.account.v1 import account_service_pb2_grpc
+from tunery.account.v1 import account_service_pb2_grpc, key_service_pb2, key_service_pb2_grpc
 
 # RFC 6750's form of a token. Envoy joins repeated headers with a comma, which is none of these.
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
@@ -142,6 +142,24 @@ class AccountServicer(account_service_pb2_grpc.AccountServiceServicer):
         await self._accounts.revoke_key(current_identity(), request.key_id, _account_id(request))
         await context.send_initial_metadata(NO_CONTENT)
         return empty_pb2.Empty()
+
+
+class KeyServicer(key_service_pb2_grpc.KeyServiceServicer):
+    """tunery.account.v1.KeyService."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+
+    async def FindRevokedKeys(
+        self, request: key_service_pb2.FindRevokedKeysRequest, context: Any
+    ) -> key_service_pb2.FindRevokedKeysResponse:
+        revoked = await self._accounts.revoked_of({(name.account_id, name.key_id) for name in request.keys})
+        return key_service_pb2.FindRevokedKeysResponse(
+            revoked=[
+                key_service_pb2.KeyName(account_id=account_id, key_id=key_id)
+                for account_id, key_id in sorted(revoked)
+            ]
+        )
 
 
 def _account_id(request: Any) -> str | None:

@@ -14,6 +14,7 @@ from svc_kit.catalog import load_catalog
 from svc_kit.identity import Issuer, Verifier
 from svc_kit.log import configure_log
 from svc_kit.object_store import ObjectStore
+from svc_kit.open_streams import OpenStreams
 from svc_kit.server import ServedService, connect, make_server, serve
 from svc_kit.settings import read_environment
 from tunery.inference.v1 import chat_service_pb2_grpc
@@ -25,7 +26,10 @@ async def main(settings: InferenceSettings) -> None:
         ObjectStore(settings), settings.cache_dir / "inference_svc", settings.max_cache_bytes
     )
     job_svc = connect(settings.job_svc_address, settings.tls)
-    finder = ArtifactFinder(job_svc, Issuer.load("inference_svc", settings.identity_dir))
+    authz = connect(settings.authz_address, settings.tls)
+    issuer = Issuer.load("inference_svc", settings.identity_dir)
+    finder = ArtifactFinder(job_svc, issuer)
+    streams = OpenStreams(authz, issuer)
     thread = ModelThread(
         settings.max_loaded_base_models,
         settings.max_loaded_adapters,
@@ -40,10 +44,11 @@ async def main(settings: InferenceSettings) -> None:
         chat_service_pb2_grpc.add_ChatServiceServicer_to_server,
         frozenset({"account"}),
     )
-    server, health = make_server([service], Verifier(settings.identity_dir))
-    await serve(server, health, settings.listen, tls=settings.tls)
+    server, health = make_server([service], Verifier(settings.identity_dir), streams=streams)
+    await serve(server, health, settings.listen, [streams.run()], tls=settings.tls)
     await chat.close()
     await job_svc.close()
+    await authz.close()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from pathlib import Path
 from pydantic import Field
 
 from svc_kit.addresses import Addresses
-from svc_kit.settings import ObjectStoreSettings, ServerSettings
+from svc_kit.settings import ObjectStoreSettings, StreamingServerSettings
 
 
-class InferenceSettings(ServerSettings, ObjectStoreSettings):
+class InferenceSettings(StreamingServerSettings, ObjectStoreSettings):
     """What inference_svc reads from the environment (`TUNERY_*`)."""
 
     job_svc_address: Addresses = Field(description="HOST:PORT of job_svc, or several with commas between.")

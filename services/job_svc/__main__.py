@@ -31,6 +31,7 @@ from svc_kit.database import Database, migrate
 from svc_kit.identity import Issuer, Kind, Verifier
 from svc_kit.log import configure_log
 from svc_kit.object_store import ObjectStore
+from svc_kit.open_streams import OpenStreams
 from svc_kit.server import ServedService, connect, make_server, serve
 from svc_kit.settings import read_environment
 from tunery.account.v1 import account_service_pb2_grpc  # noqa: F401  # described by reflection
@@ -64,7 +65,10 @@ async def main(settings: JobSettings) -> None:
     price = Price(settings.credits_per_million_tokens)
     feed = ChangeFeed(database)
     dataset_channel = connect(settings.dataset_svc_address, settings.tls)
-    job_data = JobDataClient(dataset_channel, Issuer.load("job_svc", settings.identity_dir))
+    issuer = Issuer.load("job_svc", settings.identity_dir)
+    job_data = JobDataClient(dataset_channel, issuer)
+    authz_channel = connect(settings.authz_address, settings.tls)
+    streams = OpenStreams(authz_channel, issuer)
 
     jobs = Jobs(database, feed, job_data, catalog, price, settings.max_live_jobs)
     logs = LogStream(database, feed, settings.max_open_tails)
@@ -128,10 +132,11 @@ async def main(settings: JobSettings) -> None:
             frozenset({"authz"}),
         ),
     ]
-    server, health = make_server(services, Verifier(settings.identity_dir), REFLECTED)
-    background = [feed.run(), validator.run(), queue.reap(), sweeper.run()]
+    server, health = make_server(services, Verifier(settings.identity_dir), REFLECTED, streams)
+    background = [feed.run(), validator.run(), queue.reap(), sweeper.run(), streams.run()]
     await serve(server, health, settings.listen, background, tls=settings.tls)
     await dataset_channel.close()
+    await authz_channel.close()
     await database.close()
 
 

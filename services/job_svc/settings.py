@@ -7,10 +7,10 @@ from pathlib import Path
 from pydantic import Field
 
 from svc_kit.addresses import Addresses
-from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, ServerSettings
+from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, StreamingServerSettings
 
 
-class JobSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
+class JobSettings(StreamingServerSettings, DatabaseSettings, ObjectStoreSettings):
     """What job_svc reads from the environment (`TUNERY_*`)."""
 
     dataset_svc_address: Addresses = Field(

@@ -31,6 +31,7 @@ from svc_kit.errors import (
 )
 from svc_kit.identity import Identity, Kind, Scope, set_current_identity
 from svc_kit.log import MAX_REQUEST_ID_CHARS, REQUEST_ID_HEADER, without_keys
+from svc_kit.open_streams import OpenStreams
 
 log = structlog.get_logger(__name__)
 
@@ -89,12 +90,18 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
     """Verifies the caller and its scope, records what may change something, turns exceptions into statuses.
 
     `allow` names, for each served service, the kinds of callers that are let in. A service that isn't
-    named lets no one in.
+    named lets no one in. `streams` ends those whose API key is taken back; without it they go on.
     """
 
-    def __init__(self, verifier: TokenVerifier, allow: Mapping[str, frozenset[Kind]]) -> None:
+    def __init__(
+        self,
+        verifier: TokenVerifier,
+        allow: Mapping[str, frozenset[Kind]],
+        streams: OpenStreams | None = None,
+    ) -> None:
         self._verifier = verifier
         self._allow = allow
+        self._streams = streams
 
     async def intercept_service(
         self,
@@ -144,7 +151,7 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
                 if record:
                     record.write(result)
 
-        return _guarded(handler, served)
+        return _guarded(handler, served, self._streams)
 
     def _admit(self, service: str, authorization: str) -> Identity:
         scheme, _, token = authorization.partition(" ")
@@ -196,7 +203,9 @@ def _known(error: Exception) -> TuneryError:
     return known
 
 
-def _guarded(handler: grpc.RpcMethodHandler, served: Callable[[Any, Any], Any]) -> grpc.RpcMethodHandler:
+def _guarded(
+    handler: grpc.RpcMethodHandler, served: Callable[[Any, Any], Any], streams: OpenStreams | None
+) -> grpc.RpcMethodHandler:
     async def unary(request: Any, context: Any) -> Any:
         async with served(request, context) as note:
             response = await behavior(request, context)
@@ -205,7 +214,8 @@ def _guarded(handler: grpc.RpcMethodHandler, served: Callable[[Any, Any], Any]) 
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         async with served(request, context):
-            async for response in behavior(request, context):
+            responses = behavior(request, context)
+            async for response in streams.guard(responses) if streams else responses:
                 yield response
 
     behavior: Any  # a coroutine function or an async generator, which grpc's types don't tell apart

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from svc_kit.addresses import grpc_target
 from svc_kit.identity import Kind, Verifier
 from svc_kit.interceptors import ServingInterceptor
+from svc_kit.open_streams import OpenStreams
 from svc_kit.tls import Tls
 
 log = structlog.get_logger(__name__)
@@ -66,6 +67,7 @@ def make_server(
     services: Sequence[ServedService],
     verifier: Verifier,
     reflected: Sequence[str] = (),
+    streams: OpenStreams | None = None,
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """Makes a server that serves `services`, health and reflection; it listens nowhere yet.
 
@@ -73,8 +75,10 @@ def make_server(
         services: what to serve.
         verifier: checks callers' tokens.
         reflected: further services that reflection describes, served elsewhere.
+        streams: ends those whose API key is taken back; None for a server that streams nothing to accounts.
     """
-    interceptor = ServingInterceptor(verifier, {service.name: service.allow for service in services})
+    allow = {service.name: service.allow for service in services}
+    interceptor = ServingInterceptor(verifier, allow, streams)
     server = grpc.aio.server(
         interceptors=[interceptor],
         options=SERVER_OPTIONS,

@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from svc_kit.addresses import Addresses
 from svc_kit.tls import Tls
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -80,6 +81,14 @@ class ServerSettings(TlsSettings):
     )
     log_level: str = Field(
         "INFO", pattern="(?i)^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR."
+    )
+
+
+class StreamingServerSettings(ServerSettings):
+    """Of a service that streams to accounts."""
+
+    authz_address: Addresses = Field(
+        description="HOST:PORT of the auth check, asked whether open streams' API keys are still there."
     )
 
 

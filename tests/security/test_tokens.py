@@ -22,6 +22,7 @@ ACCOUNT: frozenset[Kind] = frozenset({"account"})
 # Which process serves a service, and for whom. A service that isn't here fails the test.
 SERVED: dict[str, tuple[str, frozenset[Kind]]] = {
     "tunery.account.v1.AccountService": ("gateway.authz", ACCOUNT),
+    "tunery.account.v1.KeyService": ("gateway.authz", frozenset({"job_svc", "inference_svc"})),
     "tunery.dataset.v1.DatasetService": ("dataset_svc", ACCOUNT),
     "tunery.dataset.v1.JobDataService": ("dataset_svc", frozenset({"job_svc"})),
     "tunery.inference.v1.ChatService": ("inference_svc", ACCOUNT),

@@ -176,6 +176,7 @@ def service_processes(
         "TUNERY_S3_BUCKET": f"services-{request.param}",
         "TUNERY_DATASET_SVC_ADDRESS": f"127.0.0.1:{dataset_port}",
         "TUNERY_JOB_SVC_ADDRESS": f"127.0.0.1:{job_port}",
+        "TUNERY_AUTHZ_ADDRESS": "127.0.0.1:1",  # nobody
         "TUNERY_PUBLIC_URL": "http://gateway.test",
         "TUNERY_MODELS_DIR": str(tmp_path_factory.getbasetemp() / "models"),  # empty at first
         "TUNERY_LEASE_SECONDS": "4",

@@ -31,6 +31,7 @@ def test_process_serves_and_stops(tmp_path: Path, models_dir: Path) -> None:
         "TUNERY_LISTEN": f"127.0.0.1:{port}",
         "TUNERY_IDENTITY_DIR": str(identity_dir),
         "TUNERY_JOB_SVC_ADDRESS": "127.0.0.1:1",
+        "TUNERY_AUTHZ_ADDRESS": "127.0.0.1:1",
         "TUNERY_MODELS_DIR": str(models_dir),
         "TUNERY_CACHE_DIR": str(tmp_path / "cache"),
         "TUNERY_CHAT_THREADS": "1",
