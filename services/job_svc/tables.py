@@ -69,7 +69,7 @@ jobs = sa.Table(
     sa.Index("jobs_by_lessee", "leased_by", "status"),
     # Or each look for what is due would go through all that ended.
     sa.Index("jobs_by_sweep", "swept", "status"),
-    sa.Index("jobs_in_turn", "status", "account_id", "priority", "number"),
+    sa.Index("jobs_in_turn", "status", "account_id", sa.text("priority DESC"), "number"),
     sa.Index("jobs_by_idempotency_key", "account_id", "idempotency_key", unique=True),
 )
 
