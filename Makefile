@@ -63,7 +63,7 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 # Some cells need root, for disks of their own; without it they are left out.
 chaos: setup ## Break every part of a stack at every moment; keep what came of it in docs/reliability.md.
 	$(BIN)/python -m tests.chaos
-	$(BIN)/python -m tests.chaos --schedules 100
+	$(BIN)/python -m tests.chaos --schedules 100 --stack postgresql
 
 clean: ## Remove what the other targets made, base models aside.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

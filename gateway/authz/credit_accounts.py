@@ -18,10 +18,12 @@ class JobServiceCreditAccounts:
         self._issuer = issuer
 
     async def open(self, account_id: str, credits: float | None) -> None:
-        """Opens a credit account. Idempotent per account.
+        """Opens a credit account. Idempotent per account. A job_svc that is starting again is waited for.
 
         Raises:
             grpc.aio.AioRpcError: job_svc refused or can't be reached; the interceptor knows how to show it.
         """
         request = credit_service_pb2.OpenCreditAccountRequest(account_id=account_id, credits=credits)
-        await self._stub.OpenCreditAccount(request, metadata=self._issuer.own_metadata(), timeout=_SECONDS)
+        await self._stub.OpenCreditAccount(
+            request, metadata=self._issuer.own_metadata(), timeout=_SECONDS, wait_for_ready=True
+        )

@@ -228,6 +228,7 @@ class Datasets:
             answer = await self._job_life.FilterLiveJobs(
                 job_service_pb2.FilterLiveJobsRequest(job_ids=list(held)),
                 timeout=_ASK_SECONDS,
+                wait_for_ready=True,
                 metadata=self._issuer.own_metadata(),
             )
         except grpc.aio.AioRpcError as error:

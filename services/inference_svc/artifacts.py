@@ -68,7 +68,7 @@ class ArtifactFinder:
         request = model_service_pb2.FindModelArtifactRequest(account_id=account_id, model_id=model_id)
         try:
             found = await self._stub.FindModelArtifact(
-                request, metadata=self._issuer.own_metadata(), timeout=FIND_SECONDS
+                request, metadata=self._issuer.own_metadata(), timeout=FIND_SECONDS, wait_for_ready=True
             )
         except grpc.aio.AioRpcError as error:
             match known := from_rpc_error(error):

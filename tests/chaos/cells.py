@@ -10,6 +10,7 @@ from tests.chaos.faults import FAULTS
 from tests.chaos.invariants import Reference, reference_of, violations
 from tests.chaos.stack import ChaosStack
 from tests.chaos.workload import MOMENTS, NUM_ROWS, Account, rows
+from tests.integration.tunery.running import wait_for
 
 _PARTS_OF_RUN = ("torchrun", "training")
 _MOMENTS_WITHOUT_RUN = ("upload", "validation")
@@ -72,9 +73,10 @@ def _problems_after(
 ) -> list[str]:
     fault = FAULTS[fault_name]
     stack.wait_until_well()
-    with closing(Account(stack, f"{fault_name} at {moment}"[:100])) as account:
+    with closing(Account(stack, f"{fault_name} at {moment}"[:100])) as account, account.leaving_nothing():
         with MOMENTS[moment](account):
-            assert not fault.victim or stack.processes(fault.victim), f"no {fault.victim} at {moment}"
+            if fault.victim:
+                wait_for(lambda: stack.processes(fault.victim), f"a {fault.victim} at {moment}")
             fault.begin(stack)
         try:
             time.sleep(fault.seconds(lasting_seconds))

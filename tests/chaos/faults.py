@@ -158,6 +158,7 @@ FAULTS: dict[str, Fault] = {
         _disk_fault("work", "trainer's disk"),
         _disk_fault("db", "database's disk"),
         _disk_fault("tmp", "temporary disk"),
+        _disk_fault("s3", "store's disk"),
         _clock_fault("clock jumps ahead, then back", _CLOCK_JUMP_SECONDS),
         _clock_fault("clock jumps back, then ahead", -_CLOCK_JUMP_SECONDS),
     )

@@ -93,7 +93,7 @@ def run_schedule(stack: ChaosStack, schedule: Schedule, reference: Reference) ->
 
 def _problems_after(stack: ChaosStack, schedule: Schedule, reference: Reference) -> list[str]:
     stack.wait_until_well()
-    with closing(Account(stack, f"schedule {schedule.seed}")) as account:
+    with closing(Account(stack, f"schedule {schedule.seed}")) as account, account.leaving_nothing():
         for job in schedule.jobs:
             account.in_background(partial(_run_job, account, job))
         for strike in schedule.strikes:

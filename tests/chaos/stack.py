@@ -36,7 +36,8 @@ LEASE_SECONDS = 4
 HEALING_SECONDS = 90
 _PROBE_KEY = "chaos/probe"
 _REFILL_SECONDS = 0.02
-_DISK_BYTES = 64 * 1024 * 1024
+# By what lies on it. The store's grows until SeaweedFS finds time to clean up.
+_DISK_BYTES = {"work": 64 * 2**20, "db": 64 * 2**20, "tmp": 64 * 2**20, "s3": 2 * 2**30}
 _SETTABLE_CLOCK = Path(__file__).with_name("settable_clock")
 
 
@@ -47,12 +48,12 @@ class Disk:
         subprocess.CalledProcessError: only root may make one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_bytes: int) -> None:
         self.folder = folder
         self._filler = folder / "filler"
         self._is_to_be_full = threading.Event()
         folder.mkdir(parents=True)
-        size = f"size={_DISK_BYTES},mode=0700"
+        size = f"size={num_bytes},mode=0700"
         command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
 
@@ -65,6 +66,9 @@ class Disk:
     def _keep_full(self) -> None:
         with self._filler.open("ab", buffering=0) as file:
             while self._is_to_be_full.is_set():
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(2**20)):
+                        pass
                 with contextlib.suppress(OSError):
                     while file.write(bytes(4096)):
                         pass
@@ -145,18 +149,20 @@ class ChaosStack:
         self._folder = folder
         self.data_dir = folder / "data"
         self.work_dir = folder / "work"
+        # Those that have to be filled lie on disks of their own, where that is allowed.
+        self.disks: dict[str, Disk] = {}
+        if kind == "sqlite":
+            folders = {"work": self.work_dir, "db": self.data_dir / "db"}
+            folders |= {name: folder / name for name in ("tmp", "s3")}
+            with contextlib.suppress(subprocess.CalledProcessError):
+                for name, place in folders.items():
+                    self.disks[name] = Disk(place, _DISK_BYTES[name])
         self.s3 = S3Server(folder / "s3")
         s3_port = int(self.s3.server.endpoint.rpartition(":")[2])
         proxy_port, self._port = free_ports(2, taken={s3_port})
         self.proxy = S3Proxy(proxy_port, s3_port)
         self.proxy.start()
         self.postgresql = PostgreSql(folder / "postgresql") if kind == "postgresql" else None
-        # Those that have to be filled lie on disks of their own, where that is allowed.
-        self.disks: dict[str, Disk] = {}
-        if kind == "sqlite":
-            folders = {"work": self.work_dir, "db": self.data_dir / "db", "tmp": folder / "tmp"}
-            with contextlib.suppress(subprocess.CalledProcessError):
-                self.disks |= {name: Disk(place) for name, place in folders.items()}
         self._clock = folder / "clock" if kind == "sqlite, clock set" else None
         self._variables = {
             "TUNERY_S3_ENDPOINT": self.proxy.endpoint,

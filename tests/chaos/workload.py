@@ -254,6 +254,16 @@ class Account:
             for thread in job.threads:
                 thread.join(PATIENCE_SECONDS)
 
+    @contextlib.contextmanager
+    def leaving_nothing(self) -> Iterator[None]:
+        """Cancels the account's jobs where the block fails, so that they don't hold up what comes next."""
+        try:
+            yield
+        except Exception:
+            for job in self.jobs.values():
+                self.cancel(job)
+            raise
+
     def close(self) -> None:
         self.http.close()
 
