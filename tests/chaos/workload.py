@@ -61,6 +61,11 @@ class FollowedJob:
         return sum(record.kind == "step" for record in self.log)
 
 
+def _is_answer(response: httpx.Response) -> bool:
+    """Whether a service has answered, rather than ended in the midst of the call: 499, `cancelled`."""
+    return response.status_code < 500 and response.status_code != 499
+
+
 class Account:
     """A client that keeps on asking until it is answered, and remembers each answer.
 
@@ -96,7 +101,7 @@ class Account:
             told: object
             try:
                 response = self.http.request(method, path, **arguments)
-                if response.status_code < 500:
+                if _is_answer(response):
                     return response
                 told = f"{response.status_code} {response.text}"
             except httpx.TransportError as error:
@@ -165,7 +170,7 @@ class Account:
                 if response.status_code == 201:
                     job_id = str(response.json()["id"])
                     break
-                assert response.status_code >= 500, response.text
+                assert not _is_answer(response), response.text
                 told = f"{response.status_code} {response.text}"
             except httpx.TransportError as error:
                 told = repr(error)
