@@ -14,6 +14,7 @@ import typer
 from tunery.commands import accounts, datasets, jobs, keys, models
 from tunery.commands.exit_codes import ExitCode, exit_code_of
 from tunery.errors import SetUpError
+from tunery.printable import printable
 
 app = typer.Typer(
     help="Fine-tune language models on your own machines. `tunery up` runs the service, the rest uses it.",
@@ -114,6 +115,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of the package."""
+    if sys.stderr is None:  # closed; Python would print what is meant for it on stdout
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for good
+    if sys.stdout is None:
+        sys.exit(_fail("standard output is closed", ExitCode.USAGE))
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a locale without the characters that are printed
     sys.exit(run(sys.argv[1:]))
@@ -135,7 +140,7 @@ def _end_of(error: BaseException) -> int:
 
 def _fail(message: str, code: ExitCode) -> int:
     if message:  # a command without its subcommand has printed its help instead
-        print(f"tunery: {' '.join(message.split())}", file=sys.stderr)
+        print(f"tunery: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -20,10 +20,15 @@ _GATEWAY_PATHS = ("/api/v1/fine-tuning/datasets", "/api/v1/fine-tuning/jobs?limi
 
 
 class Probes:
-    """One probe for each process of a stack; true is well. Each fails by returning false."""
+    """One probe for each process of a stack; true is well. Each fails by returning false.
+
+    Attributes:
+        is_key_refused: whether the gateway answers, but not to the key in the stack's credentials.
+    """
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
+        self.is_key_refused = False
         self._http = httpx.AsyncClient(timeout=_ANSWER_SECONDS, trust_env=False)
         self._channels = {
             name: _channel(address, stack.tls) for name, address in stack.grpc_addresses.items()
@@ -66,7 +71,9 @@ class Probes:
             ]
         except httpx.TransportError:
             return False
-        return all(answer.status_code == httpx.codes.OK for answer in answers)
+        statuses = {answer.status_code for answer in answers}
+        self.is_key_refused = statuses == {httpx.codes.UNAUTHORIZED}
+        return self.is_key_refused or statuses == {httpx.codes.OK}
 
     async def _s3_is_well(self) -> bool:
         assert self._stack.embedded_s3

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tunery import embedded_s3
+from tunery.credentials import FILE_NAME
 from tunery.errors import SetUpError
 from tunery.ports import can_bind
 from tunery.probes import POLL_SECONDS, Probe, Probes, wait_until_well
@@ -77,7 +78,7 @@ class _Run:
         probes = Probes(self._stack)
         self._probes = probes.by_process()
         self._supervisor.start()
-        announcing = asyncio.create_task(self._announce_ready())
+        announcing = asyncio.create_task(self._announce_ready(probes))
         try:
             await self._stop.wait()
         finally:
@@ -89,11 +90,16 @@ class _Run:
         say("stopped")
         return self._exit_code
 
-    async def _announce_ready(self) -> None:
+    async def _announce_ready(self, probes: Probes) -> None:
         # Once more all together: one that was well early may have died while another was waited for.
         while not all(await asyncio.gather(*(probe() for probe in self._probes.values()))):
             await self._wait_for_each()
         self._is_ready = True
+        if probes.is_key_refused:
+            say(
+                f"the key in {self._folder / FILE_NAME} was revoked; put another of the account's into it, "
+                "and start again"
+            )
         print_line(f"tunery is ready at {self._stack.credentials.url}")
 
     async def _wait_for_each(self) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tunery.commands.output import print_facts, print_table, stdout_console
+from tunery.printable import printable
 
 if TYPE_CHECKING:
     from tunery.resources import DatasetReport, ExampleRow, TokenLengthBin
@@ -104,7 +105,7 @@ def _print_example(console: Console, example: ExampleRow) -> None:
         if token["is_target"] != is_inside:
             is_inside = token["is_target"]
             text.append(start if is_inside else end, style="green")
-        text.append(token["text"], style="green" if is_inside else "")
+        text.append(printable(token["text"]), style="green" if is_inside else "")
     if is_inside:
         text.append(end, style="green")
     if example["num_tokens"] > len(example["tokens"]):

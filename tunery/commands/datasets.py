@@ -20,6 +20,7 @@ from tunery.commands.output import (
     time_text,
 )
 from tunery.errors import SetUpError
+from tunery.printable import printable
 
 if TYPE_CHECKING:
     from tunery.client import TuneryClient
@@ -73,6 +74,7 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             )
             for dataset in datasets
         ],
+        spare=("NAME", "ROWS", "UPLOADED", "SIZE", "COLUMNS"),
     )
 
 
@@ -128,6 +130,8 @@ def upload_with_progress(client: TuneryClient, file: Path, name: str | None) -> 
     Raises:
         SetUpError: the file can't be read.
     """
+    if file.exists() and not file.is_file():
+        raise SetUpError(f"{file} is not a file")
     console = stderr_console()
     with Progress(
         TextColumn("{task.description}"),
@@ -138,7 +142,7 @@ def upload_with_progress(client: TuneryClient, file: Path, name: str | None) -> 
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        bar = progress.add_task(f"uploading {file.name}".replace("[", "\\["), total=None)
+        bar = progress.add_task(f"uploading {printable(file.name)}".replace("[", "\\["), total=None)
         try:
             return client.upload_dataset(
                 file, name, lambda sent, total: progress.update(bar, completed=sent, total=total)

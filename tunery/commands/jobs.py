@@ -22,6 +22,7 @@ from tunery.commands.output import (
     time_text,
 )
 from tunery.commands.training_log import TrainingLog, parse_log_lines, record_json
+from tunery.printable import printable
 
 if TYPE_CHECKING:
     from tunery.client import TuneryClient
@@ -152,7 +153,7 @@ def logs(
                 print_json({"data": list(parse_log_lines(lines))})
                 return
             for line in lines:
-                print(line)
+                print(printable(line))
             return
         if not as_json:
             raise typer.Exit(_exit_code(_follow(client, job_id, is_quiet=False)))
@@ -191,7 +192,7 @@ def _exit_code(details: JobDetails) -> ExitCode:
     job = details["job"]
     if job["status"] == "completed":
         return ExitCode.OK
-    reason = f": {' '.join(details['error'].split())}" if "error" in details else ""
+    reason = f": {printable(' '.join(details['error'].split()))}" if "error" in details else ""
     typer.echo(f"tunery: {job['id']} {job['status']}{reason}", err=True)
     return ExitCode.REFUSED
 

@@ -22,6 +22,7 @@ from tunery.commands.output import (
 )
 from tunery.errors import SetUpError
 from tunery.models_dir import models_dir
+from tunery.printable import printable
 
 app = typer.Typer(help="List, delete, pull and ask models.", no_args_is_help=True)
 
@@ -57,6 +58,7 @@ def list_(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             for model in base
         ],
         title="Base models",
+        spare=("CONTEXT", "LICENCE", "DESCRIPTION"),
     )
 
 
@@ -131,4 +133,4 @@ def ask(
     if as_json:
         print_json(completion)
     else:
-        print(completion["choices"][0]["message"]["content"])
+        print(printable(completion["choices"][0]["message"]["content"]))

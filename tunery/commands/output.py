@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -12,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from tunery.printable import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
@@ -40,7 +43,9 @@ def stderr_console() -> Console:
 
 def print_json(document: Any) -> None:
     """Prints one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    # JSON itself leaves these as they are, which some terminals obey.
+    print(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def print_table(
@@ -59,7 +64,7 @@ def print_table(
     """
     console = stdout_console()
     columns = {
-        header: [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+        header: [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
         for header, *cells in zip(headers, *rows, strict=True)
     }
     left_out = _without_room(columns, spare, console.width)
@@ -104,7 +109,7 @@ def print_facts(facts: Iterable[tuple[str, str | Text | None]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         if value is not None:
-            table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
+            table.add_row(Text(name), value if isinstance(value, Text) else Text(printable(value)))
     stdout_console().print(table)
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from tunery.commands.output import duration_text
+from tunery.printable import printable
 
 if TYPE_CHECKING:
     from tunery.client import LogRecord
@@ -60,7 +61,7 @@ class TrainingLog:
         if record.HasField("step"):
             self._advance(record)
         time = record.time.ToDatetime().astimezone().strftime("%H:%M:%S")
-        line = Text(f"{time}  {record.message}", style=_KIND_STYLE.get(record.kind, ""))
+        line = Text(f"{time}  {printable(record.message)}", style=_KIND_STYLE.get(record.kind, ""))
         if self._console.is_terminal:
             # A step's line may lose its end to a narrow window: the bar has it.
             self._console.print(line, no_wrap=record.HasField("step"), overflow="ellipsis")

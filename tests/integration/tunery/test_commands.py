@@ -239,6 +239,40 @@ def test_locale_without_the_characters_printed(stack, trained):
         assert "epoch 1 \\xb7 loss" in told.out
 
 
+def test_what_others_named_moves_no_cursor(stack, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer,\x1b]0;title\x07\x9b31m\nWho?,Me.,x\n")
+    uploaded = stack.tunery("datasets", "upload", str(path), "--json")
+    assert "\\u009b31m" in uploaded.out
+    assert uploaded.json["columns"][2] == "\x1b]0;title\x07\x9b31m"
+    dataset_id = uploaded.json["id"]
+    for arguments in (("datasets", "list"), ("datasets", "report", dataset_id), ("jobs", "show", "\x1b[31m")):
+        told = stack.tunery(*arguments)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", told.out + told.err), arguments
+    assert "\\x1b]0;title\\x07" in stack.tunery("datasets", "list").out
+    stack.tunery("datasets", "delete", dataset_id)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 120])
+def test_datasets_leave_columns_out_of_narrow_terminals(stack, rows_csv, columns):
+    uploaded = stack.tunery("datasets", "upload", str(rows_csv), "--json").json["id"]
+    code, lines = run_in_terminal(columns, "datasets", "list", "--data-dir", str(stack.data_dir))
+    assert code == 0
+    assert max(map(len, lines)) <= columns
+    assert sum(line.startswith(uploaded) for line in lines) == 1
+    assert ("no room for" in " ".join(lines)) == (columns < 120)
+    stack.tunery("datasets", "delete", uploaded)
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", USAGE), ("2>&-", REFUSED)])
+def test_closed_streams(stack, closed, code):
+    command = f"{' '.join(COMMAND)} jobs list --limit 101 --data-dir {stack.data_dir} {closed}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == code
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
 def test_tables_in_terminals_of_several_widths(stack, trained):
     job_id, model_id = trained["job"]["id"], trained["job"]["fine_tuned_model"]
     where = ("--data-dir", str(stack.data_dir))

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.conftest import own_database
-from tests.integration.tunery.running import Result, Up, wait_for
+from tests.integration.tunery.running import Result, Up, run_tunery, wait_for
 
 SERVICES = {"s3", "dataset_svc", "job_svc", "authz", "trainer_svc", "inference_svc", "gateway"}
 
@@ -72,6 +72,21 @@ def test_secrets_are_private_and_in_no_log(stack):
     assert key.encode() not in databases
     command_lines = [" ".join(process.cmdline()) for process in stack.family()]
     assert all(key not in line for line in command_lines)
+
+
+def test_a_stack_whose_key_was_revoked_starts_and_says_so(ups, tmp_path):
+    up = ups.start_ready(tmp_path / "data")
+    first = up.credentials["api_key"]
+    other = up.tunery("keys", "create", "another", "--scope", "admin").out.strip()
+    own = {"TUNERY_URL": up.url, "TUNERY_API_KEY": other}
+    assert run_tunery("keys", "revoke", first, **own).code == 0
+    assert up.stop() == 0
+
+    again = ups.start_ready(tmp_path / "data")
+
+    assert "credentials.json was revoked" in " ".join(again.output.split())
+    assert run_tunery("jobs", "list", TUNERY_URL=again.url, TUNERY_API_KEY=other).code == 0
+    again.stop()
 
 
 def test_s3_lets_nobody_in_without_its_keys(stack):
