@@ -1,5 +1,5 @@
 """Random requests after both contracts and the extensions: no 5xx, no hang, no answer that they and
-docs/errors.md don't know.
+docs/errors.md don't know, and no memory that goes on growing.
 
 They come from an account without credits, so that not even a faultless request starts a training run.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import hypothesis
+import psutil
 import pytest
 import schemathesis
 import yaml
@@ -20,6 +21,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 from tests.cases import num_cases
+from tests.conftest import RunningStack
 from tests.contract.account import Account
 from tests.contract.contracts import check_response, read_first, read_second
 
@@ -44,12 +46,27 @@ SECOND = schemathesis.openapi.from_dict(read_second())
 PAGES = Path(__file__).parents[2] / "docs" / "openapi"
 FIRST_PAGE = schemathesis.openapi.from_dict(yaml.safe_load((PAGES / "fine-tuning-api.yaml").read_text()))
 SECOND_PAGE = schemathesis.openapi.from_dict(yaml.safe_load((PAGES / "config-api.yaml").read_text()))
+# Between the half of the requests and the end, of each process; caches fill up before.
+MAX_GROWTH_BYTES = 50_000_000
 num_sent = 0
+memory_at_half: dict[str, int] = {}
+
+
+def memory_of(stack: RunningStack) -> dict[str, int]:
+    """Resident bytes of each process of the stack."""
+    children = psutil.Process(stack.process.pid).children()
+    return {f"{' '.join(child.cmdline()[:4])} ({child.pid})": child.memory_info().rss for child in children}
 
 
 @pytest.fixture(scope="session")
 def poor_account(new_account: Callable[..., Account]) -> Account:
     return new_account(credits=0)
+
+
+@pytest.fixture(autouse=True)
+def _memory_at_half(stack: RunningStack) -> None:
+    if num_sent >= CASES / 2 and not memory_at_half:
+        memory_at_half.update(memory_of(stack))
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +155,10 @@ def test_extensions_of_the_second_contract(case: Any, poor_account: Account) -> 
     send(poor_account, case, poor_account.url)
 
 
-def test_it_was_that_many(request: pytest.FixtureRequest) -> None:
+def test_it_was_that_many_and_no_memory_grew(request: pytest.FixtureRequest, stack: RunningStack) -> None:
     tests = [item for item in request.session.items if item.path == request.path]
     if len(tests) < 20:
         pytest.skip("some of the tests were left out")
     assert num_sent >= CASES, num_sent
+    growth = {name: bytes_ - memory_at_half[name] for name, bytes_ in memory_of(stack).items()}
+    assert max(growth.values()) < MAX_GROWTH_BYTES, growth
