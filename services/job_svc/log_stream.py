@@ -104,7 +104,7 @@ class LogStream:
 
     async def _is_over(self, job_id: str, after_seq: int) -> bool:
         """Whether nothing will ever come after `after_seq`: a follower may ask after the last line."""
-        over = sa.and_(jobs.c.status.in_(sorted(ENDED)), jobs.c.next_seq <= after_seq + 1)
+        over = sa.and_(jobs.c.status.in_(sorted(ENDED)), jobs.c.next_seq - 1 <= after_seq)
         async with self._database.read() as connection:
             found = await connection.scalar(sa.select(jobs.c.id).where(jobs.c.id == job_id, over))
         return found is not None
