@@ -146,7 +146,7 @@ class Uploads:
 
     @asynccontextmanager
     async def _draft(self, account_id: str, format_: Format) -> AsyncIterator[_Draft]:
-        """Gives an upload a place; nobody waits for one, or uploads would block each other."""
+        """Gives an upload its place; nobody waits for one, or uploads would block each other."""
         if self._under_way.total >= MAX_CONCURRENT_UPLOADS:
             raise TooManyRequests(f"{MAX_CONCURRENT_UPLOADS} uploads are under way; try again after a pause.")
         if self._under_way.of(account_id) >= self._max_of_account:

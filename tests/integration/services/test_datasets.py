@@ -203,12 +203,15 @@ async def test_uploads_beyond_the_limit_are_refused_and_block_nobody(services: S
     accounts = [services.account() for _ in range(MAX_CONCURRENT_UPLOADS // share)]
     account = services.account()
 
+    async def upload_on(who: Metadata) -> None:
+        async with asyncio.timeout(30):
+            while True:
+                await services.upload(who, ROWS)
+
     async def refused(who: Metadata) -> str:
         """Why an account's next upload is refused, asked until the last of the slow ones has its place."""
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            async with asyncio.timeout(30):
-                while True:
-                    await services.upload(who, ROWS)
+            await upload_on(who)
         assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         return raised.value.details() or ""
 
