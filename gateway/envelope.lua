@@ -235,6 +235,10 @@ local function fault_of_request(headers, query_parameters)
   local path = headers:get(":path")
   if not is_utf8(unescaped(path)) then return "The request's path or query is not UTF-8." end
   if not is_utf8(headers:get("content-type") or "") then return "The header Content-Type is not UTF-8." end
+  local encoding = (headers:get("content-encoding") or "identity"):lower()
+  if encoding ~= "identity" then
+    return "The body has a Content-Encoding, and none is read here; send the body as it is, without it."
+  end
   return fault_of_query(path:match("%?(.*)") or "", query_parameters)
 end
 

@@ -50,7 +50,7 @@ REFUSED = GatewayError(
     _BAD_REQUEST,
     "invalid_request",
     "%LOCAL_REPLY_BODY%",
-    "A query parameter is unknown, repeated or of the wrong type, or the request is no proper HTTP or UTF-8.",
+    "A query parameter is unknown, repeated or of the wrong type, or the request can't be read.",
 )
 GATEWAY_ERRORS = (
     GatewayError(

@@ -262,6 +262,17 @@ async def test_what_is_not_utf8_is_refused(
     assert upstreams.calls == []
 
 
+@pytest.mark.parametrize("path", ["/api/v1/fine-tuning/datasets", "/api/v1/fine-tuning/jobs"])
+async def test_a_body_that_is_packed_is_refused(gateway: Gateway, upstreams: Upstreams, path: str) -> None:
+    for encoding in ("gzip", "GZIP, identity", "br"):
+        answer = await gateway.client.post(path, content=b"{}", headers={"content-encoding": encoding})
+
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        assert "Content-Encoding" in answer.json()["error"]["message"]
+    assert upstreams.calls == []
+    assert (await gateway.client.post(path, headers={"content-encoding": "Identity"})).status_code == 200
+
+
 @pytest.mark.parametrize("text", ["é", "€", "퟿", "漢字", "🚀", "\U00040000", "\U0010ffff"])
 async def test_any_text_may_be_in_a_path(gateway: Gateway, upstreams: Upstreams, text: str) -> None:
     answer = await gateway.client.get(f"/api/v1/fine-tuning/jobs/{quote(text)}")
