@@ -120,6 +120,7 @@ end
 local function envelope(http_status, content_type, text)
   if http_status == "400" and content_type:sub(1, 10) == "text/plain" then
     local row = PLAIN["400"]
+    text = text:gsub("%c+", " ")  -- it shows the place in lines of its own
     return http_status, quoted("The request can't be read: " .. text), row[1], row[2]
   end
   local status = read_value(text, 1)

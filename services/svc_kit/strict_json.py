@@ -185,7 +185,10 @@ def _describe(item: Any, value: dict[str, Any]) -> str:
         case "value_error":
             message_text = str(item["ctx"]["error"])
             return f"`{path}`: {message_text}" if path else message_text
-    text = item["msg"][:1].lower() + item["msg"][1:]
+        case "model_type" | "dict_type":  # whose texts are about Python
+            text = "an object was expected"
+        case _:
+            text = item["msg"][:1].lower() + item["msg"][1:]
     found = json.dumps(item["input"], default=str, ensure_ascii=False)
     return f"`{path}`: {text}, but it is {found if len(found) <= 80 else found[:77] + '...'}"
 

@@ -111,6 +111,12 @@ def test_what_is_wrong_is_named(value: dict[str, object], field: str) -> None:
     assert caught.value.details["field"] == field
 
 
+@pytest.mark.parametrize("inner", [[], "x", 1])
+def test_no_text_is_about_python(inner: object) -> None:
+    with pytest.raises(InvalidRequest, match="`inner`: an object was expected, but it is"):
+        validate(Outer, {"name": "x", "inner": inner})
+
+
 @pytest.mark.parametrize("value", [{"name": None}, {"name": "x", "inner": None}])
 def test_nulls_are_refused(value: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest, match="is null; leave it out"):
