@@ -221,7 +221,7 @@ class DataSources:
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Tells whether an address is one host of the internet's; one that leads to an IPv4 address is as that is."""
+    """Tells whether an address is a host of the internet; one that leads to an IPv4 address is as that is."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
