@@ -120,6 +120,7 @@ end
 local function envelope(http_status, content_type, text)
   if http_status == "400" and content_type:sub(1, 10) == "text/plain" then
     local row = PLAIN["400"]
+    text = text:gsub("%c+", " ")  -- it shows the place in lines of its own
     return http_status, quoted("The request can't be read: " .. text), row[1], row[2]
   end
   local status = read_value(text, 1)
@@ -196,9 +197,56 @@ local function drop_headers_for_grpc(headers)
   for _, name in ipairs(dropped) do headers:remove(name) end
 end
 
+-- Valid sequences of more than one byte.
+local UTF8 = {
+  "[\194-\223][\128-\191]", "\224[\160-\191][\128-\191]", "[\225-\236\238\239][\128-\191][\128-\191]",
+  "\237[\128-\159][\128-\191]", "\240[\144-\191][\128-\191][\128-\191]",
+  "[\241-\243][\128-\191][\128-\191][\128-\191]", "\244[\128-\143][\128-\191][\128-\191]",
+}
+
+local function is_utf8(text)
+  for _, sequence in ipairs(UTF8) do text = text:gsub(sequence, "?") end
+  return not text:find("[\128-\255]")
+end
+
+local function unescaped(text)
+  return (text:gsub("%%(%x%x)", function(digits) return string.char(tonumber(digits, 16)) end))
+end
+
+-- Returns what is wrong with a query, or nil. The transcoder would take a name of the path's in the path's
+-- place, and of a repeated one the last.
+local function fault_of_query(query, known)
+  local is_known, seen = {}, {}
+  for _, name in ipairs(known) do is_known[name] = true end
+  for parameter in query:gmatch("[^&]+") do
+    local name = parameter:match("^[^=]*")
+    local shown = "`" .. name:sub(1, 60):gsub("[^%w_.%%-]", "?") .. "`"
+    if not is_known[name] then
+      local all = #known > 0 and "those known are " .. table.concat(known, ", ") or "none is known"
+      return "The query parameter " .. shown .. " is not known here; " .. all .. "."
+    end
+    if seen[name] then return "The query parameter " .. shown .. " is there twice; send it once." end
+    if name == parameter then return "The query parameter " .. shown .. " has no value; send `NAME=VALUE`." end
+    seen[name] = true
+  end
+end
+
+-- Returns what is wrong with a REST call, or nil.
+local function fault_of_request(headers, query_parameters)
+  local path = headers:get(":path")
+  if not is_utf8(unescaped(path)) then return "The request's path or query is not UTF-8." end
+  if not is_utf8(headers:get("content-type") or "") then return "The header Content-Type is not UTF-8." end
+  local encoding = (headers:get("content-encoding") or "identity"):lower()
+  if encoding ~= "identity" then
+    return "The body has a Content-Encoding, and none is read here; send the body as it is, without it."
+  end
+  return fault_of_query(path:match("%?(.*)") or "", query_parameters)
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
-  if (headers:get("content-type") or ""):sub(1, 16) ~= "application/grpc" then drop_headers_for_grpc(headers) end
+  -- The path's route has it, where the path is REST's.
+  local query_parameters = handle:metadata():get("query_parameters")
   local own = headers:get("x-tunery-client-request-id")
   if own then
     headers:remove("x-tunery-client-request-id")
@@ -206,6 +254,13 @@ function envoy_on_request(handle)
     local is_id = #own <= 128 and own:match("^[%w%._%-]+$") and not own:find("tnry_", 1, true)
     if is_id then headers:replace("x-request-id", own) end
   end
+  if not query_parameters then return end
+  local fault = fault_of_request(headers, query_parameters)
+  if fault then
+    handle:streamInfo():dynamicMetadata():set("envelope", "refused", true)
+    return handle:respond({[":status"] = "400"}, fault)
+  end
+  drop_headers_for_grpc(headers)
 end
 
 function envoy_on_response(handle)

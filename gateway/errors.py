@@ -45,13 +45,20 @@ RATE_LIMITED = GatewayError(
     "The account's requests come too fast; try again after the pause that `Retry-After` says.",
     "The account's requests come faster than the gateway takes them; `Retry-After` has the pause in seconds.",
 )
+REFUSED = GatewayError(
+    400,
+    _BAD_REQUEST,
+    "invalid_request",
+    "%LOCAL_REPLY_BODY%",
+    "A query parameter is unknown, repeated or of the wrong type, or the request can't be read.",
+)
 GATEWAY_ERRORS = (
     GatewayError(
         400,
         _BAD_REQUEST,
         "invalid_request",
         "The request is not proper HTTP, or its path is malformed (%RESPONSE_CODE_DETAILS%).",
-        "A query parameter is of the wrong type, or the request is not proper HTTP.",
+        REFUSED.when,
     ),
     GatewayError(
         401,

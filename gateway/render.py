@@ -11,7 +11,7 @@ import jinja2
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gateway import routes
-from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS, RATE_LIMITED, details_headers
+from gateway.errors import ANY_OTHER_ERROR, GATEWAY_ERRORS, RATE_LIMITED, REFUSED, details_headers
 from svc_kit.addresses import Address, Addresses, parse_addresses
 from svc_kit.errors import TooManyRequests
 from svc_kit.tls import Tls
@@ -128,6 +128,7 @@ def render(settings: GatewaySettings, services_tls: Tls | None = None) -> str:
         open_methods=routes.OPEN_METHODS,
         rest_paths=routes.rest_paths(settings.descriptors),
         transcoded_services=_transcoded(method_routes),
+        refused=REFUSED,
         errors=GATEWAY_ERRORS,
         any_other_error=ANY_OTHER_ERROR,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from google.api import annotations_pb2
+from google.api import annotations_pb2, http_pb2
 from google.protobuf import descriptor_pb2
 
 DEFAULT_SECONDS = 15
@@ -82,36 +82,59 @@ class MethodRoute:
 
 
 @dataclass(frozen=True)
+class RestMethod:
+    """An HTTP method that a path takes.
+
+    Attributes:
+        name: such as `GET`.
+        query_parameters: the names that it takes in the query, each at most once: the fields of the rpc's
+            request that are neither in the path nor in the body.
+        is_upload: whether its body is an upload.
+    """
+
+    name: str
+    query_parameters: tuple[str, ...]
+    is_upload: bool
+
+
+@dataclass(frozen=True)
 class RestPath:
     """A path of the REST contracts, with the methods that it takes.
 
     Attributes:
         pattern: a regular expression for the whole path. A trailing slash is in it, since the
             transcoder takes one.
-        methods: such as `("GET", "POST")`.
-        upload_methods: those of them whose body is an upload.
+        methods: sorted by name.
     """
 
     pattern: str
-    methods: tuple[str, ...]
-    upload_methods: tuple[str, ...]
+    methods: tuple[RestMethod, ...]
+
+
+def _files(descriptors: Path) -> Iterable[descriptor_pb2.FileDescriptorProto]:
+    return descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes()).file
 
 
 def _methods(descriptors: Path) -> Iterator[tuple[str, descriptor_pb2.MethodDescriptorProto]]:
-    files = descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes())
-    for file in files.file:
+    for file in _files(descriptors):
         for service in file.service:
             name = f"{file.package}.{service.name}"
             if name in PUBLIC_SERVICES:
                 yield from ((name, method) for method in service.method)
 
 
+def _rules(method: descriptor_pb2.MethodDescriptorProto) -> Iterator[tuple[str, str, http_pb2.HttpRule]]:
+    """Yields an rpc's HTTP methods and path templates, with the rules that they stand in."""
+    rule = method.options.Extensions[annotations_pb2.http]
+    for each in (rule, *rule.additional_bindings):
+        kind = each.WhichOneof("pattern")
+        if kind:
+            yield kind.upper(), getattr(each, kind), each
+
+
 def rest_bindings(method: descriptor_pb2.MethodDescriptorProto) -> list[tuple[str, str]]:
     """Returns the HTTP methods and path templates of an rpc; none where it has no REST form."""
-    rule = method.options.Extensions[annotations_pb2.http]
-    rules = [rule, *rule.additional_bindings]
-    kinds = [(each, each.WhichOneof("pattern")) for each in rules]
-    return [(kind.upper(), getattr(each, kind)) for each, kind in kinds if kind]
+    return [(kind, template) for kind, template, _rule in _rules(method)]
 
 
 def method_routes(descriptors: Path) -> list[MethodRoute]:
@@ -150,14 +173,19 @@ def _pattern(template: str) -> str:
 
 def rest_paths(descriptors: Path) -> list[RestPath]:
     """Returns every path that has a REST binding."""
-    methods: defaultdict[str, list[str]] = defaultdict(list)
-    uploads: defaultdict[str, list[str]] = defaultdict(list)
+    fields = {
+        f".{file.package}.{message.name}": [field.name for field in message.field]
+        for file in _files(descriptors)
+        for message in file.message_type
+    }
+    methods: defaultdict[str, list[RestMethod]] = defaultdict(list)
     for _service, method in _methods(descriptors):
-        for kind, template in rest_bindings(method):
-            pattern = _pattern(template)
-            methods[pattern].append(kind)
-            if method.client_streaming:
-                uploads[pattern].append(kind)
+        for kind, template, rule in _rules(method):
+            assert rule.body in ("", "*"), "the body is the whole request, or nothing of it"
+            in_path = re.findall(r"\{(\w+)", template)
+            free = () if rule.body else (name for name in fields[method.input_type] if name not in in_path)
+            methods[_pattern(template)].append(RestMethod(kind, tuple(free), method.client_streaming))
     return [
-        RestPath(pattern, tuple(sorted(names)), tuple(uploads[pattern])) for pattern, names in methods.items()
+        RestPath(pattern, tuple(sorted(taken, key=lambda method: method.name)))
+        for pattern, taken in methods.items()
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -16,7 +17,7 @@ from gateway.authz.api_keys import (
     new_api_key,
     scopes_up_to,
 )
-from gateway.authz.repository import Account, AccountRepository
+from gateway.authz.repository import Account, AccountRepository, Changes
 from svc_kit.errors import Conflict, InvalidRequest, NotFound, PermissionDenied, Unauthenticated
 from svc_kit.identity import SCOPES, TOKEN_SECONDS, Identity, Issuer, Scope
 from svc_kit.ids import new_id
@@ -106,7 +107,7 @@ class Accounts:
             raise Unauthenticated(f"The bearer token is not an API key of this service. {HOW_TO}")
         key, asked = await self._find(key_hash(api_key))
         if key is None:
-            raise Unauthenticated(f"The API key is unknown or was taken back. {HOW_TO}")
+            raise _taken_back()
         return Admission(key.account_id, self._token(key), asked + LOOKUP_SECONDS - self._clock())
 
     async def _find(self, hash_: str) -> tuple[ApiKey | None, float]:
@@ -142,6 +143,7 @@ class Accounts:
 
         Raises:
             PermissionDenied: the calling key has no scope `admin`.
+            Unauthenticated: the calling key was taken back meanwhile.
             InvalidRequest: the name is empty or too long, or credits are negative or not a number.
             Unavailable: job_svc can't be reached.
         """
@@ -153,7 +155,8 @@ class Accounts:
         account = Account(new_id("acct"), name, is_admin=False)
         api_key = new_api_key()
         await self._credit_accounts.open(account.id, credits)
-        await self._repository.add(account, _first_key(account, api_key))
+        async with self._changes(caller, account.id) as changes:
+            await changes.add(account, _first_key(account, api_key))
         return NewAccount(account.id, api_key)
 
     async def create_key(
@@ -167,6 +170,7 @@ class Accounts:
                 another's and the calling key has no scope `admin`.
             NotFound: there is no such account.
             Conflict: the account has `MAX_KEYS` keys.
+            Unauthenticated: the calling key was taken back meanwhile.
         """
         name = _checked_name(name)
         highest = _highest(scopes)
@@ -177,11 +181,12 @@ class Accounts:
             )
         if highest == "admin" and not account.is_admin:
             raise PermissionDenied(f"{account.id} is no admin's account; its keys can't have `admin`.")
-        if len(await self._repository.list_keys(account.id)) >= MAX_KEYS:
-            raise Conflict(f"{account.id} has {MAX_KEYS} API keys; take one back first.")
         api_key = new_api_key()
         key = ApiKey.of(api_key, account.id, name, scopes_up_to(highest))
-        await self._repository.add_key(key)
+        async with self._changes(caller, account.id) as changes:
+            if len(await changes.list_keys(account.id)) >= MAX_KEYS:
+                raise Conflict(f"{account.id} has {MAX_KEYS} API keys; take one back first.")
+            await changes.add_key(key)
         return key, api_key
 
     async def list_keys(self, caller: Identity, account_id: str | None) -> list[ApiKey]:
@@ -202,21 +207,23 @@ class Accounts:
             PermissionDenied: it has a scope that the calling key lacks, or the account is another's and the
                 calling key has no scope `admin`.
             NotFound: there is no such account, or it has no such key.
+            Unauthenticated: the calling key was taken back meanwhile.
         """
         account = await self._account(caller, account_id)
         if (account.id, key_id) == (caller.subject, caller.key_id):
             raise Conflict(
                 "This is the API key that makes the call. Make another, and take this one back with that."
             )
-        key = next((key for key in await self._repository.list_keys(account.id) if key.id == key_id), None)
-        if key is None:
-            raise NotFound("There is no such API key.")
-        if key.scopes[-1] not in caller.scopes:
-            raise PermissionDenied(
-                f"The calling API key has no scope `{key.scopes[-1]}`, which the other has.",
-                scope=key.scopes[-1],
-            )
-        await self._repository.remove_key(key)
+        async with self._changes(caller, account.id) as changes:
+            key = next((key for key in await changes.list_keys(account.id) if key.id == key_id), None)
+            if key is None:
+                raise NotFound("There is no such API key.")
+            if key.scopes[-1] not in caller.scopes:
+                raise PermissionDenied(
+                    f"The calling API key has no scope `{key.scopes[-1]}`, which the other has.",
+                    scope=key.scopes[-1],
+                )
+            await changes.remove_key(key)
         self._found.pop(key.key_hash, None)
 
     async def revoked_of(self, names: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -235,6 +242,15 @@ class Accounts:
             raise NotFound("There is no such account.")
         return account
 
+    @asynccontextmanager
+    async def _changes(self, caller: Identity, account_id: str) -> AsyncIterator[Changes]:
+        """A transaction on an account in which the calling key, which may be believed for seconds after it
+        was taken back, is still there."""
+        async with self._repository.change(caller.subject, account_id) as changes:
+            if caller.key_id not in {key.id for key in await changes.list_keys(caller.subject)}:
+                raise _taken_back()
+            yield changes
+
     async def ensure_first(self, api_key: str) -> bool:
         """Makes the first account, an admin that keeps no balance, if there is none; returns whether it did.
 
@@ -247,6 +263,10 @@ class Accounts:
             raise ValueError("the first API key must be tnry_ and 43 characters of A-Z a-z 0-9 _ -")
         account = Account(new_id("acct"), "admin", is_admin=True)
         return await self._repository.add_first(account, _first_key(account, api_key))
+
+
+def _taken_back() -> Unauthenticated:
+    return Unauthenticated(f"The API key is unknown or was taken back. {HOW_TO}")
 
 
 def _first_key(account: Account, api_key: str) -> ApiKey:

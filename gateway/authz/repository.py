@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,33 @@ class Account:
     id: str
     name: str
     is_admin: bool
+
+
+class Changes:
+    """What one transaction reads and writes; all of it is kept, or none."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def list_keys(self, account_id: str) -> list[ApiKey]:
+        """Returns an account's keys, oldest first."""
+        return await _list_keys(self._connection, account_id)
+
+    async def add(self, account: Account, key: ApiKey) -> None:
+        """Stores an account with its key."""
+        await _insert(self._connection, account, key)
+
+    async def add_key(self, key: ApiKey) -> None:
+        """Stores a further key.
+
+        Raises:
+            IntegrityError: the account has a key with this beginning.
+        """
+        await _insert_key(self._connection, key)
+
+    async def remove_key(self, key: ApiKey) -> None:
+        """Removes a key. Idempotent."""
+        await self._connection.execute(sa.delete(api_keys).where(api_keys.c.key_hash == key.key_hash))
 
 
 class AccountRepository:
@@ -46,13 +74,8 @@ class AccountRepository:
 
     async def list_keys(self, account_id: str) -> list[ApiKey]:
         """Returns an account's keys, oldest first."""
-        query = (
-            sa.select(api_keys)
-            .where(api_keys.c.account_id == account_id)
-            .order_by(api_keys.c.created_at, api_keys.c.prefix)
-        )
         async with self._database.read() as connection:
-            return [_api_key(row) for row in await connection.execute(query)]
+            return await _list_keys(connection, account_id)
 
     async def names_of_keys(self, account_ids: Collection[str]) -> set[tuple[str, str]]:
         """Returns the account's id and the key's of every key of some accounts."""
@@ -61,11 +84,6 @@ class AccountRepository:
         )
         async with self._database.read() as connection:
             return {(row.account_id, row.prefix) for row in await connection.execute(query)}
-
-    async def add(self, account: Account, key: ApiKey) -> None:
-        """Stores an account with its key, both or none."""
-        async with self._database.write() as connection:
-            await _insert(connection, account, key)
 
     async def add_first(self, account: Account, key: ApiKey) -> bool:
         """Stores an account with its key if there is no account yet; returns whether it did.
@@ -81,19 +99,13 @@ class AccountRepository:
             return False
         return True
 
-    async def add_key(self, key: ApiKey) -> None:
-        """Stores a further key.
-
-        Raises:
-            IntegrityError: the account has a key with this beginning.
-        """
+    @asynccontextmanager
+    async def change(self, *account_ids: str) -> AsyncIterator[Changes]:
+        """A transaction: no other one on any of these accounts overlaps it."""
         async with self._database.write() as connection:
-            await _insert_key(connection, key)
-
-    async def remove_key(self, key: ApiKey) -> None:
-        """Removes a key. Idempotent."""
-        async with self._database.write() as connection:
-            await connection.execute(sa.delete(api_keys).where(api_keys.c.key_hash == key.key_hash))
+            for account_id in sorted(set(account_ids)):  # in one order, or two could wait for each other
+                await self._database.lock(connection, f"keys of {account_id}")
+            yield Changes(connection)
 
 
 def _api_key(row: sa.Row[Any]) -> ApiKey:
@@ -105,6 +117,15 @@ def _api_key(row: sa.Row[Any]) -> ApiKey:
         scopes=tuple(row.scopes.split()),
         created_at=row.created_at,
     )
+
+
+async def _list_keys(connection: AsyncConnection, account_id: str) -> list[ApiKey]:
+    query = (
+        sa.select(api_keys)
+        .where(api_keys.c.account_id == account_id)
+        .order_by(api_keys.c.created_at, api_keys.c.prefix)
+    )
+    return [_api_key(row) for row in await connection.execute(query)]
 
 
 async def _insert(connection: AsyncConnection, account: Account, key: ApiKey) -> None:

@@ -40,7 +40,7 @@ async def main(settings: DatasetSettings) -> None:
         Issuer.load("dataset_svc", settings.identity_dir),
         Limits(settings.max_datasets, settings.max_dataset_bytes),
     )
-    uploads = Uploads(datasets, store, settings.max_upload_bytes)
+    uploads = Uploads(datasets, store, settings.max_upload_bytes, settings.max_concurrent_uploads)
     catalog = load_catalog(settings.catalog_file)
     reports = DatasetReports(datasets, store, catalog, settings.models_dir, settings.catalog_file)
     sources = DataSources(settings, datasets, store)

@@ -23,6 +23,7 @@ from svc_kit.object_store import ObjectStore, account_prefix
 
 KINDS = "dataset://ID, s3://BUCKET/KEY, file:///PATH or https://HOST/PATH"
 _LONGEST_URI = 2048
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
@@ -214,9 +215,22 @@ class DataSources:
         except OSError as error:
             raise Unavailable(f"The host {source.host} can't be found: {error.strerror}.") from error
         address = str(found[0][4][0])
-        if not self._settings.import_https_private and not ipaddress.ip_address(address).is_global:
+        if not self._settings.import_https_private and not is_public(ipaddress.ip_address(address)):
             raise UnsupportedDataUri(f"{source.url} is not allowed: {source.host} is not a public address.")
         return address
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Tells whether an address is a host of the internet; one that leads to an IPv4 address is as that is."""
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded is not None:
+            return is_public(embedded)
+        if address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _plain_path(uri: str, parts: SplitResult) -> str:

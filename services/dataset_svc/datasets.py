@@ -105,7 +105,7 @@ class Datasets:
         then.
 
         Raises:
-            InvalidRequest: that one has another name or other bytes.
+            InvalidRequest: that one has another format, another name or other bytes.
             LimitReached: the account would have more than it may.
         """
         account_id = upload.account_id
@@ -132,7 +132,8 @@ class Datasets:
             await self._database.lock(connection, f"datasets of {account_id}")
             if idempotency_key is not None:
                 made = (await connection.execute(made_before)).one_or_none()
-                if made is not None and (made.name, made.file_sha256) != (name, file.sha256):
+                same = (upload.format, name, file.sha256)
+                if made is not None and (made.format, made.name, made.file_sha256) != same:
                     raise used_otherwise(idempotency_key)
                 if made is not None:
                     return made

@@ -20,6 +20,9 @@ class DatasetSettings(ServerSettings, DatabaseSettings, ObjectStoreSettings):
     catalog_file: Path | None = Field(None, description="Base models; the packaged catalog where unset.")
     max_upload_bytes: int = Field(2**30, gt=0, description="Largest file, uploaded or named by a URI.")
     max_datasets: int = Field(10_000, ge=1, description="Datasets of one account; more are refused.")
+    max_concurrent_uploads: int = Field(
+        16, ge=1, description="Uploads of one account at a time, in each process; more are refused."
+    )
     max_dataset_bytes: int | None = Field(
         None,
         ge=1,

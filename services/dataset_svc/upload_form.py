@@ -23,7 +23,15 @@ _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]*[0-9A-Za-z'()+_,\-./:=?]")
 _QUOTED_PAIR = re.compile(r'\\(["\\])')
 # Browsers write these three, and nothing else, percent-encoded in a quoted filename (the HTML standard).
 _BROWSER_ESCAPE = re.compile(r"%(0A|0D|22)", re.IGNORECASE)
-_PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
+# Of a part's headers: what leaves the bytes as they are.
+_PLAIN_ENCODINGS = {
+    "content-transfer-encoding": ("", "7bit", "8bit", "binary"),
+    "content-encoding": ("", "identity"),
+}
+_CHARSET = re.compile(r';\s*charset\s*=\s*"?([^\s;"]*)', re.IGNORECASE)
+_UTF8 = ("utf-8", "utf8", "us-ascii")
+# Some clients' libraries send texts so unless told otherwise.
+_NAME_CHARSETS = (*_UTF8, "iso-8859-1")
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class UploadForm:
         self._max_name_chars = max_name_chars
         self._filename: str | None = None
         self._name_bytes: bytearray | None = None
+        self._name_charset = ""
         self._part: str | None = None
         self._headers: dict[str, str] = {}
         self._header_field = b""
@@ -152,23 +161,36 @@ class UploadForm:
         part = parameters.get("name")
         if kind != "form-data" or part is None:
             raise MalformedUpload("A part's Content-Disposition isn't of the form: form-data; name=\"...\"")
-        encoding = self._headers.get("content-transfer-encoding", "").strip().lower()
-        if encoding not in _PLAIN_ENCODINGS:
-            raise MalformedUpload(
-                f"A part has the Content-Transfer-Encoding {encoding[:40]!a}. Send the bytes as they are."
-            )
+        for header, plain in _PLAIN_ENCODINGS.items():
+            encoding = self._headers.get(header, "").strip().lower()
+            if encoding not in plain:
+                raise MalformedUpload(
+                    f"A part has the {header.title()} {encoding[:40]!a}. Send the bytes as they are."
+                )
         self._part = part = _unquote(part)
         if part == "file":
+            self._read_charset(_UTF8)
             self._begin_file(parameters)
         elif part == "name":
             if self._name_bytes is not None:
                 raise InvalidRequest('The field "name" is there twice. Send it once.', field="name")
             self._name_bytes = bytearray()
+            self._name_charset = self._read_charset(_NAME_CHARSETS)
         else:
             raise InvalidRequest(
                 f'Unknown field {part[:40]!a} in the upload. Its fields are "file" and "name".',
                 field=part[:40],
             )
+
+    def _read_charset(self, allowed: tuple[str, ...]) -> str:
+        match = _CHARSET.search(self._headers.get("content-type", ""))
+        charset = match[1].lower() if match else "utf-8"
+        if charset not in allowed:
+            raise MalformedUpload(
+                f'The part "{self._part}" has the charset {charset[:40]!a}. Send it in UTF-8.',
+                field=self._part,
+            )
+        return charset
 
     def _begin_file(self, parameters: dict[str, str]) -> None:
         if self._filename is not None:
@@ -198,9 +220,11 @@ class UploadForm:
         if self._name_bytes is None:
             return None
         try:
-            name = self._name_bytes.decode()
+            name = self._name_bytes.decode(self._name_charset)
         except UnicodeDecodeError:
-            raise InvalidRequest('The field "name" is not UTF-8.', field="name") from None
+            raise InvalidRequest(
+                f'The field "name" is not {self._name_charset.upper()}.', field="name"
+            ) from None
         if len(name) > self._max_name_chars:
             raise self._name_too_long()
         name = name.strip()

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -14,8 +15,9 @@ import sqlalchemy as sa
 from dataset_svc.datasets import Datasets
 from dataset_svc.incoming_file import CheckedFile, Format, IncomingFile, check_file_name
 from dataset_svc.upload_form import UploadForm, base_name_of, has_control_character
-from svc_kit.errors import InvalidRequest, MalformedUpload, TooManyRequests, TuneryError
+from svc_kit.errors import InvalidRequest, LimitReached, MalformedUpload, TooManyRequests, TuneryError
 from svc_kit.object_store import ObjectStore
+from svc_kit.under_way import UnderWay
 
 MAX_CONCURRENT_UPLOADS = 64
 MAX_NAME_CHARS = 256
@@ -27,13 +29,22 @@ MAX_FILE_NAME_CHARS = 255
 class Uploads:
     """Takes files in. Checking and storing run in threads, so that other calls are answered meanwhile."""
 
-    def __init__(self, datasets: Datasets, store: ObjectStore, max_upload_bytes: int) -> None:
+    def __init__(
+        self, datasets: Datasets, store: ObjectStore, max_upload_bytes: int, max_of_account: int
+    ) -> None:
+        """Args:
+        datasets: where finished uploads go.
+        store: where their bytes go.
+        max_upload_bytes: the largest file.
+        max_of_account: uploads that an account may have under way.
+        """
         self._datasets = datasets
         self._store = store
         self._max_upload_bytes = max_upload_bytes
         self._checkers = concurrent.futures.ThreadPoolExecutor(MAX_CONCURRENT_UPLOADS, "check")
         self._writers = concurrent.futures.ThreadPoolExecutor(MAX_CONCURRENT_UPLOADS, "store")
-        self._slots = asyncio.Semaphore(MAX_CONCURRENT_UPLOADS)
+        self._max_of_account = max_of_account
+        self._under_way = UnderWay()
 
     async def take_form(
         self,
@@ -51,9 +62,10 @@ class Uploads:
             MalformedUpload: the body is broken or was cut off.
             InvalidRequest: a part, a name or the file is not what it should be.
             PayloadTooLarge: the file is over the limit.
-            LimitReached: the account has as much as it may.
+            LimitReached: the account has as much as it may, or as many uploads under way.
+            TooManyRequests: all accounts together have.
         """
-        async with _Draft(self, account_id, format_) as draft:
+        async with self._draft(account_id, format_) as draft:
             form = UploadForm(
                 content_type,
                 lambda file_name: draft.start(check_file_name(file_name, (format_,))),
@@ -87,7 +99,8 @@ class Uploads:
             MalformedUpload: the bytes are more or fewer than announced.
             InvalidRequest: a name or the file is not what it should be.
             PayloadTooLarge: the file is over the limit.
-            LimitReached: the account has as much as it may.
+            LimitReached: the account has as much as it may, or as many uploads under way.
+            TooManyRequests: all accounts together have.
         """
         for field, text, limit in (
             ("header.file_name", file_name, MAX_FILE_NAME_CHARS),
@@ -100,7 +113,7 @@ class Uploads:
                 )
         format_ = check_file_name(file_name, ("csv", "jsonl"))
         received = 0
-        async with _Draft(self, account_id, format_) as draft:
+        async with self._draft(account_id, format_) as draft:
             await draft.in_thread(partial(draft.start, format_))
             async for chunk in chunks:
                 received += len(chunk)
@@ -131,10 +144,19 @@ class Uploads:
         """Where finished uploads go."""
         return self._datasets
 
-    @property
-    def slots(self) -> asyncio.Semaphore:
-        """One for each upload that has threads; nobody waits for one, or uploads would block each other."""
-        return self._slots
+    @asynccontextmanager
+    async def _draft(self, account_id: str, format_: Format) -> AsyncIterator[_Draft]:
+        """Gives an upload its place; nobody waits for one, or uploads would block each other."""
+        if self._under_way.total >= MAX_CONCURRENT_UPLOADS:
+            raise TooManyRequests(f"{MAX_CONCURRENT_UPLOADS} uploads are under way; try again after a pause.")
+        if self._under_way.of(account_id) >= self._max_of_account:
+            raise LimitReached(
+                f"The account has {self._max_of_account} uploads under way, and that is the limit; wait for "
+                "one to end."
+            )
+        with self._under_way.one_more(account_id):
+            async with _Draft(self, account_id, format_) as draft:
+                yield draft
 
 
 async def _discard_rest(chunks: AsyncIterator[bytes]) -> None:
@@ -160,22 +182,12 @@ class _Draft:
         self._is_over = False
 
     async def __aenter__(self) -> _Draft:
-        if self._uploads.slots.locked():
-            raise TooManyRequests(f"{MAX_CONCURRENT_UPLOADS} uploads are under way; try again after a pause.")
-        await self._uploads.slots.acquire()
-        try:
-            self._row = await self._uploads.datasets.begin(self._account_id, self._format)
-        except BaseException:
-            self._uploads.slots.release()
-            raise
+        self._row = await self._uploads.datasets.begin(self._account_id, self._format)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        try:
-            # Shielded: a cancelled call must leave nothing behind either.
-            await asyncio.shield(self.discard())
-        finally:
-            self._uploads.slots.release()
+        # Shielded: a cancelled call must leave nothing behind either.
+        await asyncio.shield(self.discard())
 
     async def discard(self) -> None:
         """Has nothing stored, unless the upload is committed. Repeatable."""

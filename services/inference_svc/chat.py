@@ -14,8 +14,9 @@ from inference_svc.artifacts import Artifact, ArtifactCache, ArtifactFinder, art
 from inference_svc.chat_request import ChatRequest
 from inference_svc.model_thread import ModelThread
 from svc_kit.catalog import BaseModelEntry, Catalog
-from svc_kit.errors import NotFound, TooManyRequests, Unavailable
+from svc_kit.errors import LimitReached, NotFound, TooManyRequests, Unavailable
 from svc_kit.shared_calls import SharedCalls
+from svc_kit.under_way import UnderWay
 from trainer_svc.base_models import PullError, base_model_dir, is_pulled, pull
 
 log = structlog.get_logger(__name__)
@@ -47,7 +48,7 @@ class Chat:
         self._cache = cache
         self._thread = thread
         self._max_admitted = max_waiting + 1
-        self._num_admitted = 0
+        self._admitted = UnderWay()
         self._pulls: SharedCalls[Path] = SharedCalls()
 
     async def answer(self, account_id: str, request: ChatRequest) -> Answer:
@@ -57,6 +58,7 @@ class Chat:
             NotFound: the model is neither in the catalog nor one of the account's.
             InvalidRequest: the conversation doesn't fit the model.
             TooManyRequests: enough requests wait already.
+            LimitReached: half of them, rounded up, would be the account's.
             Unavailable: job_svc, or the place where a base model comes from, can't be reached.
             MinioException: the store can't be reached.
         """
@@ -64,7 +66,7 @@ class Chat:
         artifact = None
         if request.model not in self._entries:
             artifact = await self._find(account_id, request.model)
-        with self._admit():
+        with self._admit(account_id):
             async with self._files(request.model, artifact) as files:
                 return await self._thread.answer(files, request)
 
@@ -84,16 +86,19 @@ class Chat:
             raise _no_such_model(model_id) from error
 
     @contextmanager
-    def _admit(self) -> Iterator[None]:
-        if self._num_admitted >= self._max_admitted:
+    def _admit(self, account_id: str) -> Iterator[None]:
+        if self._admitted.total >= self._max_admitted:
             raise TooManyRequests(
-                f"{self._num_admitted} requests wait for an answer already; try again after a pause."
+                f"{self._admitted.total} requests wait for an answer already; try again after a pause."
             )
-        self._num_admitted += 1
-        try:
+        share = (self._max_admitted + 1) // 2
+        if self._admitted.of(account_id) >= share:
+            raise LimitReached(
+                f"The account has {share} requests that wait for an answer, half of all that may; wait for "
+                "one of them."
+            )
+        with self._admitted.one_more(account_id):
             yield
-        finally:
-            self._num_admitted -= 1
 
     @asynccontextmanager
     async def _files(self, model_id: str, artifact: Artifact | None) -> AsyncIterator[ModelFiles]:

@@ -29,7 +29,10 @@ class InferenceSettings(StreamingServerSettings, ObjectStoreSettings):
     )
     max_answer_tokens: int = Field(2048, ge=1, description="The longest answer that a request may ask for.")
     max_waiting_chats: int = Field(
-        16, ge=0, description="Requests that may wait while one is answered; any more are refused."
+        16,
+        ge=0,
+        description="Requests that may wait while one is answered; any more are refused. No "
+        "account gets more than half of the places.",
     )
     chat_threads: int | None = Field(
         None, ge=1, description="Processor threads that an answer takes; torch's own choice where unset."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
@@ -36,6 +37,7 @@ SUCCESSORS: dict[JobStatus, frozenset[JobStatus]] = {
 }
 ENDED = frozenset(status for status, after in SUCCESSORS.items() if not after)
 LIVE = frozenset(JobStatus) - ENDED
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 async def move(
@@ -86,7 +88,7 @@ async def move(
             seq=row.next_seq - 1,
             time=now,
             kind="end" if to in ENDED else "log",
-            message=line,
+            message=one_line(line),
         )
     )
     return row
@@ -97,5 +99,13 @@ async def write_line(connection: AsyncConnection, job_id: str, line: str) -> Non
     update = jobs.update().where(jobs.c.id == job_id).values(next_seq=jobs.c.next_seq + 1)
     next_seq = (await connection.execute(update.returning(jobs.c.next_seq))).scalar_one()
     await connection.execute(
-        events.insert().values(job_id=job_id, seq=next_seq - 1, time=utc_now(), kind="log", message=line)
+        events.insert().values(
+            job_id=job_id, seq=next_seq - 1, time=utc_now(), kind="log", message=one_line(line)
+        )
     )
+
+
+def one_line(text: str) -> str:
+    """Returns a text as it may stand in a log, whose lines repeat what users wrote: control characters, line
+    ends among them, as their escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

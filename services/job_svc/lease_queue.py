@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from job_svc import credits, estimates
 from job_svc.change_feed import QUEUE, SWEEP, ChangeFeed, job_topic
 from job_svc.job_plan import LARGEST_COUNT
-from job_svc.job_state import ENDED, JobStatus, move
+from job_svc.job_state import ENDED, JobStatus, move, one_line
 from job_svc.sweeper import attempt_prefix
 from job_svc.tables import checkpoints, events, jobs, models, turns
 from svc_kit.database import DATABASE_AWAY, Database, utc_now
@@ -227,7 +227,7 @@ class LeaseQueue:
                         "seq": event.seq,
                         "time": event.time,
                         "kind": event.kind,
-                        "message": event.message.replace("\0", ""),  # PostgreSQL keeps no NUL
+                        "message": one_line(event.message),
                         "data": event.data or None,
                     }
                     for event in fresh

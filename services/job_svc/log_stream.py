@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from job_svc.job_state import ENDED
 from job_svc.tables import events, jobs
 from svc_kit.database import Database
 from svc_kit.errors import LimitReached
+from svc_kit.under_way import UnderWay
 
 PAGE_LINES = 500
 # A notice may be lost (a replica's connection broke): then a line is late by this, never lost.
@@ -36,7 +36,7 @@ class LogStream:
         self._feed = feed
         self._tails: dict[str, _Tail] = {}
         self._max_followers = max_followers
-        self._followers: Counter[str] = Counter()
+        self._followers = UnderWay()
 
     @contextlib.contextmanager
     def follower(self, account_id: str) -> Iterator[None]:
@@ -45,16 +45,12 @@ class LogStream:
         Raises:
             LimitReached: the account has `max_followers`.
         """
-        if self._followers[account_id] >= self._max_followers:
+        if self._followers.of(account_id) >= self._max_followers:
             raise LimitReached(
                 f"The account follows {self._max_followers} logs at a time already; end one first."
             )
-        self._followers[account_id] += 1
-        try:
+        with self._followers.one_more(account_id):
             yield
-        finally:
-            self._followers[account_id] -= 1
-            self._followers += Counter()  # forgets those at 0
 
     async def follow(
         self, job_id: str, after_seq: int, *, stored_only: bool = False
@@ -108,7 +104,7 @@ class LogStream:
 
     async def _is_over(self, job_id: str, after_seq: int) -> bool:
         """Whether nothing will ever come after `after_seq`: a follower may ask after the last line."""
-        over = sa.and_(jobs.c.status.in_(sorted(ENDED)), jobs.c.next_seq <= after_seq + 1)
+        over = sa.and_(jobs.c.status.in_(sorted(ENDED)), jobs.c.next_seq - 1 <= after_seq)
         async with self._database.read() as connection:
             found = await connection.scalar(sa.select(jobs.c.id).where(jobs.c.id == job_id, over))
         return found is not None

@@ -156,7 +156,9 @@ class TooManyRequests(TuneryError):
 
 class LimitReached(TooManyRequests):
     code = "limit_reached"
-    when = "The account has as many jobs, datasets, bytes or open streams as it may; the message says which."
+    when = (
+        "The account has as many jobs, datasets, bytes, uploads or streams as it may; the message says which."
+    )
 
 
 class Unavailable(TuneryError):

@@ -18,11 +18,14 @@ def idempotency_key(context: Any) -> str | None:
         context: the rpc's.
 
     Raises:
-        InvalidRequest: the key is empty, too long, or not of printable ASCII characters.
+        InvalidRequest: the key is empty, too long, or not of printable ASCII characters, or there are two.
     """
-    key = dict(context.invocation_metadata()).get(HEADER.lower())
-    if key is None:
+    keys = [value for name, value in context.invocation_metadata() if name == HEADER.lower()]
+    if not keys:
         return None
+    if len(keys) > 1:
+        raise InvalidRequest(f"`{HEADER}` is there {len(keys)} times; send one for a request.", field=HEADER)
+    (key,) = keys
     if not (isinstance(key, str) and 0 < len(key) <= _MAX_CHARS and key.isascii() and key.isprintable()):
         raise InvalidRequest(
             f"`{HEADER}` must be 1 to {_MAX_CHARS} printable ASCII characters.", field=HEADER

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 from google.protobuf import json_format, message
@@ -20,6 +22,7 @@ MAX_DEPTH = 32
 MAX_DIGITS = 1000
 LARGEST_EXACT_INT = 2**53
 _MAX_ERRORS_SHOWN = 3
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _integral(value: Any) -> Any:
@@ -58,8 +61,10 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     if not body.strip():
         raise InvalidRequest("The body is empty; a JSON object was expected.")
     try:
+        # Decoded here, since `json` would take UTF-16 and UTF-32 too.
+        text = body.decode("utf-8-sig")
         value = json.loads(
-            body, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_int=_short_int
+            text, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_int=_short_int
         )
         check_json_value(value)
     except UnicodeDecodeError as error:
@@ -78,11 +83,11 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key `{repeated}` is there twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key `{key}` is there twice")
+        result[key] = value
     return result
 
 
@@ -102,31 +107,42 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def check_json_value(value: Any, path: str = "", depth: int = 0) -> None:
+def check_json_value(value: Any, path: tuple[int | str, ...] = ()) -> None:
     """Checks that a value comes back unchanged from where it is kept.
 
     Raises:
         ValueError: it is nested too deep, or holds a number or a text that can't be kept exactly.
     """
-    if depth > MAX_DEPTH:
-        raise ValueError(f"`{path}` is nested over {MAX_DEPTH} levels deep")
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"`{_written(path)}` is nested over {MAX_DEPTH} levels deep")
     match value:
         case dict():
             for key, item in value.items():
-                check_json_value(key, path, depth)
-                check_json_value(item, f"{path}.{key}" if path else key, depth + 1)
+                _check_text(key, path)
+                check_json_value(item, (*path, key))
         case list():
             for index, item in enumerate(value):
-                check_json_value(item, f"{path}[{index}]", depth + 1)
+                check_json_value(item, (*path, index))
         case str():
-            if any("\ud800" <= char <= "\udfff" for char in value):
-                raise ValueError(f"`{path}` holds half of a surrogate pair, which is no text")
+            _check_text(value, path)
         case bool():
             pass
         case int() if abs(value) > LARGEST_EXACT_INT:
-            raise ValueError(f"`{path}` is a number too large to be kept exactly; send it as a string")
+            raise ValueError(
+                f"`{_written(path)}` is a number too large to be kept exactly; send it as a string"
+            )
         case float() if not math.isfinite(value):
-            raise ValueError(f"`{path}` is not a finite number")
+            raise ValueError(f"`{_written(path)}` is not a finite number")
+
+
+def _check_text(text: str, path: tuple[int | str, ...]) -> None:
+    if _SURROGATE.search(text):
+        raise ValueError(f"`{_written(path)}` holds half of a surrogate pair, which is no text")
+
+
+def _written(path: Iterable[int | str]) -> str:
+    """A path as a user would write it."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def validate(body_type: type[Body], value: dict[str, Any]) -> Body:
@@ -147,16 +163,16 @@ def validate(body_type: type[Body], value: dict[str, Any]) -> Body:
 
 def _path(location: tuple[int | str, ...], value: Any) -> str:
     """The field's path as a user would write it; pydantic's names of union members are left out."""
-    path = ""
+    path: list[int | str] = []
     for index, part in enumerate(location):
         is_last = index == len(location) - 1
         if isinstance(part, int):
-            path += f"[{part}]"
+            path.append(part)
             value = value[part] if isinstance(value, list) and part < len(value) else None
         elif is_last or (isinstance(value, dict) and part in value):
-            path += f".{part}" if path else part
+            path.append(part)
             value = value.get(part) if isinstance(value, dict) else None
-    return path
+    return _written(path)
 
 
 def _describe(item: Any, value: dict[str, Any]) -> str:
@@ -169,7 +185,10 @@ def _describe(item: Any, value: dict[str, Any]) -> str:
         case "value_error":
             message_text = str(item["ctx"]["error"])
             return f"`{path}`: {message_text}" if path else message_text
-    text = item["msg"][:1].lower() + item["msg"][1:]
+        case "model_type" | "dict_type":  # whose texts are about Python
+            text = "an object was expected"
+        case _:
+            text = item["msg"][:1].lower() + item["msg"][1:]
     found = json.dumps(item["input"], default=str, ensure_ascii=False)
     return f"`{path}`: {text}, but it is {found if len(found) <= 80 else found[:77] + '...'}"
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from dataset_svc.data_sources import DataSources
+from dataset_svc.data_sources import DataSources, is_public
 from dataset_svc.settings import DatasetSettings
 from svc_kit.errors import InvalidRequest, Unavailable, UnsupportedDataUri
 from svc_kit.object_store import ObjectStore
@@ -178,6 +178,33 @@ async def test_private_addresses_need_the_operators_leave(
     strict = settings.model_copy(update={"import_https_private": False})
     with pytest.raises(UnsupportedDataUri, match="not a public address"):
         await fetch(strict, store, f"https://localhost:{https_port}/rows", tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        *[(address, True) for address in ("8.8.8.8", "2606:4700::1111", "64:ff9b::808:808")],
+        *[(address, True) for address in ("2002:808:808::1", "::ffff:8.8.8.8")],
+        *[
+            (address, False)
+            for address in ("127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "192.0.2.1")
+        ],
+        *[(address, False) for address in ("224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255")],
+        *[
+            (address, False)
+            for address in ("::", "::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1", "ff0e::1")
+        ],
+        *[
+            (address, False)
+            for address in ("::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a01:1")
+        ],
+        *[(address, False) for address in ("64:ff9b:1::808:808", "2002:7f00:1::", "2002:a9fe:a9fe::1")],
+        # Teredo's, of 127.0.0.1 and of 8.8.8.8.
+        *[(address, False) for address in ("2001:0:808:808::80ff:fffe", "2001:0:808:808::f7f7:f7f7")],
+    ],
+)
+def test_which_addresses_are_public(address: str, expected: bool) -> None:
+    assert is_public(ipaddress.ip_address(address)) is expected
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ALL = frozenset(SCOPES)
 WRITE = frozenset({"read", "write"})
-ADMIN = Identity("account", "acct-admin", ALL)
 
 
 @dataclass
@@ -84,6 +83,16 @@ class World:
         """Returns whom services take the holder of a key for."""
         admission = await (accounts or self.accounts()).admit(api_key)
         return Verifier(self.keys).verify(admission.token)
+
+    async def admin(self) -> Identity:
+        """Returns the first account's identity; the account is made if there is none."""
+        await self.accounts().ensure_first(FIRST_KEY)
+        return await self.identity(FIRST_KEY)
+
+    async def team(self) -> Any:
+        """Returns the row of the one account that is no admin's."""
+        (account,) = [row for row in await self.rows(accounts_table) if not row.is_admin]
+        return account
 
     async def rows(self, table: sa.Table) -> list[Any]:
         async with self.database.read() as connection:
@@ -178,18 +187,18 @@ async def test_a_migration_gives_keys_that_are_there_their_scopes(
         ApiKey("team", "tnry_abcdef", "team", "first key", ("read", "write"), now),
     ]
     with pytest.raises(sa.exc.IntegrityError):
-        await repository.add_key(ApiKey("other", "tnry_abcdef", "team", "x", ("read",), now))
+        async with repository.change("team") as changes:
+            await changes.add_key(ApiKey("other", "tnry_abcdef", "team", "x", ("read",), now))
     await database.close()
 
 
 async def test_create_opens_credits_and_keeps_only_the_hash(world: World) -> None:
-    made = await world.accounts().create(ADMIN, " Team Ü ", 12.5)
+    made = await world.accounts().create(await world.admin(), " Team Ü ", 12.5)
 
     assert world.credit_book.opened == [(made.account_id, 12.5)]
-    (account,) = await world.rows(accounts_table)
-    (key,) = await world.rows(api_keys)
+    account = await world.team()
+    (key,) = [row for row in await world.rows(api_keys) if row.account_id == account.id]
     assert (account.id, account.name, account.is_admin) == (made.account_id, "Team Ü", False)
-    assert key.account_id == account.id
     assert key.key_hash == hashlib.sha256(made.api_key.encode()).hexdigest()
     assert made.api_key.startswith(key.prefix)
     assert len(key.prefix) == 11
@@ -197,7 +206,7 @@ async def test_create_opens_credits_and_keeps_only_the_hash(world: World) -> Non
 
 
 async def test_create_without_credits_keeps_no_balance(world: World) -> None:
-    made = await world.accounts().create(ADMIN, "x", None)
+    made = await world.accounts().create(await world.admin(), "x", None)
 
     assert world.credit_book.opened == [(made.account_id, None)]
 
@@ -216,11 +225,12 @@ async def test_create_without_credits_keeps_no_balance(world: World) -> None:
 async def test_create_refuses_what_is_out_of_range(
     world: World, name: str, credits: float, field_name: str
 ) -> None:
+    admin = await world.admin()
     with pytest.raises(InvalidRequest, match=field_name) as raised:
-        await world.accounts().create(ADMIN, name, credits)
+        await world.accounts().create(admin, name, credits)
 
     assert raised.value.details == {"field": field_name}
-    assert (world.credit_book.opened, await world.rows(accounts_table)) == ([], [])
+    assert (world.credit_book.opened, len(await world.rows(accounts_table))) == ([], 1)
 
 
 async def test_create_is_for_admins(world: World) -> None:
@@ -231,12 +241,13 @@ async def test_create_is_for_admins(world: World) -> None:
 
 
 async def test_no_account_without_its_credit_account(world: World) -> None:
+    admin = await world.admin()
     world.credit_book.error = Unavailable("job_svc is away")
 
     with pytest.raises(Unavailable):
-        await world.accounts().create(ADMIN, "x", 5.0)
+        await world.accounts().create(admin, "x", 5.0)
 
-    assert await world.rows(accounts_table) == []
+    assert len(await world.rows(accounts_table)) == 1
 
 
 async def test_the_first_account_is_made_once(world: World) -> None:
@@ -275,9 +286,10 @@ async def test_the_same_key_twice_is_refused_whole(world: World) -> None:
     assert stored.key_hash == key
 
     with pytest.raises(sa.exc.IntegrityError):
-        await repository.add(
-            Account("acct-2", "second", is_admin=False), ApiKey.of(FIRST_KEY, "acct-2", "x", ())
-        )
+        async with repository.change("acct-2") as changes:
+            await changes.add(
+                Account("acct-2", "second", is_admin=False), ApiKey.of(FIRST_KEY, "acct-2", "x", ())
+            )
 
     assert len(await world.rows(accounts_table)) == 1
 
@@ -331,9 +343,9 @@ async def test_a_token_is_used_again_until_30_seconds_are_left(world: World) -> 
 
 
 async def member(world: World, *scopes: Scope) -> Identity:
-    """An account's identity, and in the account another key than the one that it calls with."""
-    made = await world.accounts().create(ADMIN, "team", None)
-    return Identity("account", made.account_id, frozenset(scopes), "tnry_caller")
+    """The identity of a new account's first key, as if it had these scopes."""
+    made = await world.accounts().create(await world.admin(), "team", None)
+    return replace(await world.identity(made.api_key), scopes=frozenset(scopes))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +386,7 @@ async def test_create_key_refuses_what_is_out_of_range(
     world: World, name: str, scopes: list[str], field_name: str
 ) -> None:
     with pytest.raises(InvalidRequest) as raised:
-        await world.accounts().create_key(ADMIN, name, scopes, None)
+        await world.accounts().create_key(await world.admin(), name, scopes, None)
 
     assert raised.value.details == {"field": field_name}
 
@@ -386,7 +398,7 @@ async def test_no_key_gives_more_than_it_has(world: World) -> None:
         with pytest.raises(PermissionDenied, match="has no scope"):
             await world.accounts().create_key(who, "x", scopes, None)
     with pytest.raises(PermissionDenied, match="no admin's account"):
-        await world.accounts().create_key(ADMIN, "x", ["admin"], caller.subject)
+        await world.accounts().create_key(await world.admin(), "x", ["admin"], caller.subject)
 
     assert len(await world.accounts().list_keys(caller, None)) == 1
 
@@ -404,11 +416,14 @@ async def test_another_account_is_for_admins_to_name(world: World) -> None:
                 await ask
     assert await accounts.list_keys(caller, caller.subject) == await accounts.list_keys(caller, None)
 
-    key, api_key = await accounts.create_key(ADMIN, "x", ["read"], other.subject)
+    key, api_key = await accounts.create_key(await world.admin(), "x", ["read"], other.subject)
 
     assert (await world.identity(api_key)).subject == other.subject
-    assert key in await accounts.list_keys(ADMIN, other.subject)
-    for ask in (accounts.list_keys(ADMIN, "acct-of-nobody"), accounts.list_keys(ADMIN, "")):
+    assert key in await accounts.list_keys(await world.admin(), other.subject)
+    for ask in (
+        accounts.list_keys(await world.admin(), "acct-of-nobody"),
+        accounts.list_keys(await world.admin(), ""),
+    ):
         with pytest.raises(NotFound):
             await ask
 
@@ -429,7 +444,7 @@ async def test_a_revoked_key_is_refused_at_once_and_its_id_is_free(world: World)
 
 async def test_no_account_locks_itself_out_but_an_admin_may(world: World) -> None:
     accounts = world.accounts()
-    made = await accounts.create(ADMIN, "team", None)
+    made = await accounts.create(await world.admin(), "team", None)
     own = await world.identity(made.api_key)
     with pytest.raises(Conflict, match="makes the call"):
         await accounts.revoke_key(own, own.key_id, None)
@@ -437,10 +452,10 @@ async def test_no_account_locks_itself_out_but_an_admin_may(world: World) -> Non
     with pytest.raises(NotFound):
         await accounts.revoke_key(other, own.key_id, None)
 
-    await accounts.revoke_key(ADMIN, own.key_id, own.subject)
+    await accounts.revoke_key(await world.admin(), own.key_id, own.subject)
 
-    assert await accounts.list_keys(ADMIN, own.subject) == []
-    _, api_key = await accounts.create_key(ADMIN, "again", ["write"], own.subject)
+    assert await accounts.list_keys(await world.admin(), own.subject) == []
+    _, api_key = await accounts.create_key(await world.admin(), "again", ["write"], own.subject)
     assert (await world.identity(api_key)).subject == own.subject
 
 
@@ -466,19 +481,66 @@ async def test_odd_ids_name_nothing(world: World, odd: str) -> None:
     with pytest.raises(NotFound):
         await accounts.revoke_key(caller, odd, None)
     with pytest.raises(NotFound):
-        await accounts.list_keys(ADMIN, odd)
+        await accounts.list_keys(await world.admin(), odd)
 
 
 async def test_an_account_has_100_keys_at_most(world: World) -> None:
     caller = await member(world, "read", "write")
     repository = AccountRepository(world.database)
-    for number in range(MAX_KEYS - 1):
-        await repository.add_key(
-            ApiKey(f"{number}", f"tnry_{number:06}", caller.subject, "x", ("read",), utc_now())
+    async with repository.change(caller.subject) as changes:
+        for number in range(MAX_KEYS - 4):
+            await changes.add_key(
+                ApiKey(f"{number}", f"tnry_{number:06}", caller.subject, "x", ("read",), utc_now())
+            )
+
+    made = await asyncio.gather(
+        *(world.accounts().create_key(caller, "x", ["read"], None) for _ in range(10)), return_exceptions=True
+    )
+
+    refused = [each for each in made if isinstance(each, BaseException)]
+    assert {type(each) for each in refused} == {Conflict}
+    assert "has 100 API keys" in str(refused[0])
+    assert len(await world.accounts().list_keys(caller, None)) == MAX_KEYS
+
+
+async def test_a_key_that_was_taken_back_changes_nothing_in_the_seconds_that_it_is_still_let_in(
+    world: World,
+) -> None:
+    accounts, admin = world.accounts(), await world.admin()
+    _, api_key = await accounts.create_key(admin, "second", ["admin"], None)
+    second = await world.identity(api_key)
+    team = await member(world, "read", "write")
+    await accounts.revoke_key(second, admin.key_id, None)
+
+    for change in (
+        accounts.revoke_key(admin, second.key_id, None),
+        accounts.revoke_key(admin, team.key_id, team.subject),
+        accounts.create_key(admin, "x", ["admin"], None),
+        accounts.create_key(admin, "x", ["read"], team.subject),
+        accounts.create(admin, "x", None),
+    ):
+        with pytest.raises(Unauthenticated, match="taken back"):
+            await change
+
+    assert [key.id for key in await accounts.list_keys(second, None)] == [second.key_id]
+    assert [key.id for key in await accounts.list_keys(team, None)] == [team.key_id]
+    assert len(await world.rows(accounts_table)) == 2
+
+
+async def test_of_two_keys_that_take_each_other_back_one_stays(world: World) -> None:
+    for _ in range(5):
+        caller = await member(world, "read", "write")
+        _, api_key = await world.accounts().create_key(caller, "second", ["write"], None)
+        second = await world.identity(api_key)
+
+        done = await asyncio.gather(
+            world.accounts().revoke_key(caller, second.key_id, None),
+            world.accounts().revoke_key(second, caller.key_id, None),
+            return_exceptions=True,
         )
 
-    with pytest.raises(Conflict, match="has 100 API keys"):
-        await world.accounts().create_key(caller, "x", ["read"], None)
+        assert [type(each) for each in done if each is not None] == [Unauthenticated]
+        assert len(await world.accounts().list_keys(caller, None)) == 1
 
 
 async def test_create_account_through_the_gateway(gateway: Gateway, upstreams: Upstreams) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -190,18 +191,97 @@ async def test_a_body_never_names_another_resource_than_the_path(
 
 
 async def test_query_parameters(gateway: Gateway, upstreams: Upstreams) -> None:
-    answer = await gateway.client.get("/api/v1/fine-tuning/jobs?limit=7&offset=3&unknown=x&Limit=9")
+    answer = await gateway.client.get("/api/v1/fine-tuning/jobs?limit=7&offset=3&")
     assert answer.status_code == 200
     assert (upstreams.last.request.limit, upstreams.last.request.offset) == (7, 3)
 
-    answer = await gateway.client.get("/fine_tuning/jobs/status?job_id=a+b%20c%2Fd")
+    answer = await gateway.client.get("/fine_tuning/jobs/status?job_id=a+b%20c%2Fd=\u00e4")
     assert answer.status_code == 200
-    assert upstreams.last.request.job_id == "a b c/d"
+    assert upstreams.last.request.job_id == "a b c/d=\u00e4"
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=abc", "limit=1.5", "limit=", "limit=%22%0a%ff", "offset=99999999999"]
+    ("call", "told"),
+    [
+        ("GET /api/v1/fine-tuning/jobs?limt=1", "`limt` is not known here; those known are limit, offset."),
+        ("GET /api/v1/fine-tuning/jobs?Limit=1", "`Limit` is not known"),
+        ("GET /api/v1/fine-tuning/jobs?limit=1&limit=2", "`limit` is there twice"),
+        ("GET /api/v1/fine-tuning/jobs?limit", "`limit` has no value"),
+        ("GET /api/v1/fine-tuning/jobs?=1", "`` is not known"),
+        ("GET /api/v1/fine-tuning/jobs?%22%0a=1&limit=2", "`%22%0a` is not known"),
+        ("GET /api/v1/fine-tuning/jobs/?limt=1", "`limt` is not known"),
+        ("POST /api/v1/fine-tuning/jobs?priority=5", "`priority` is not known here; none is known."),
+        ("POST /api/v1/fine-tuning/jobs?data=e30", "`data` is not known"),
+        ("POST /api/v1/fine-tuning/datasets?name=foo", "`name` is not known"),
+        ("DELETE /api/v1/fine-tuning/datasets/mine?dataset_id=other", "`dataset_id` is not known"),
+        ("DELETE /api/v1/fine-tuning/datasets/mine?datasetId=other", "`datasetId` is not known"),
+        ("DELETE /api/v1/fine-tuning/models/mine?model_id=other", "`model_id` is not known"),
+        ("GET /api/v1/fine-tuning/jobs/mine?job_id=other", "`job_id` is not known"),
+        ("POST /api/v1/fine-tuning/jobs/mine/cancel?job_id=other", "`job_id` is not known"),
+        ("GET /fine_tuning/jobs/mine/files/log.txt?path=other", "`path` is not known"),
+        (
+            "DELETE /api/v1/keys/tnry_mine?key_id=tnry_other",
+            "`key_id` is not known here; those known are account_id.",
+        ),
+        ("GET /fine_tuning/jobs/status?job_id=a&job_id=b", "`job_id` is there twice"),
+    ],
 )
+async def test_a_query_parameter_that_a_call_does_not_take_is_refused(
+    gateway: Gateway, upstreams: Upstreams, call: str, told: str
+) -> None:
+    for content_type in ("application/json", "application/grpc-json"):
+        answer = await gateway.client.request(*call.split(), headers={"content-type": content_type})
+
+        error = answer.json()["error"]
+        assert answer.status_code == 400
+        assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+        assert told in error["message"]
+    assert upstreams.calls == []
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        ("/api/v1/fine-tuning/jobs/%ff", b"text/plain"),
+        ("/api/v1/fine-tuning/jobs/%c3%28", b"text/plain"),
+        ("/api/v1/fine-tuning/jobs/%ed%a0%80", b"text/plain"),
+        ("/api/v1/fine-tuning/jobs/%e0%c3%a9%80", b"text/plain"),
+        ("/fine_tuning/jobs/status?job_id=%ff", b"text/plain"),
+        ("/fine_tuning/jobs/status?job_id=x", b"\xff\xfe"),
+    ],
+)
+async def test_what_is_not_utf8_is_refused(
+    gateway: Gateway, upstreams: Upstreams, path: str, content_type: bytes
+) -> None:
+    answer = await gateway.client.get(path, headers={b"content-type": content_type})
+
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert "not UTF-8" in error["message"]
+    assert upstreams.calls == []
+
+
+@pytest.mark.parametrize("path", ["/api/v1/fine-tuning/datasets", "/api/v1/fine-tuning/jobs"])
+async def test_a_body_that_is_packed_is_refused(gateway: Gateway, upstreams: Upstreams, path: str) -> None:
+    for encoding in ("gzip", "GZIP, identity", "br"):
+        answer = await gateway.client.post(path, content=b"{}", headers={"content-encoding": encoding})
+
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        assert "Content-Encoding" in answer.json()["error"]["message"]
+    assert upstreams.calls == []
+    assert (await gateway.client.post(path, headers={"content-encoding": "Identity"})).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["é", "€", "퟿", "漢字", "🚀", "\U00040000", "\U0010ffff"])
+async def test_any_text_may_be_in_a_path(gateway: Gateway, upstreams: Upstreams, text: str) -> None:
+    answer = await gateway.client.get(f"/api/v1/fine-tuning/jobs/{quote(text)}")
+
+    assert answer.status_code == 200
+    assert upstreams.last.request.job_id == text
+
+
+@pytest.mark.parametrize("query", ["limit=abc", "limit=1.5", "limit=", "limit=%22%0a", "offset=99999999999"])
 async def test_query_parameter_of_the_wrong_type_is_400(
     gateway: Gateway, upstreams: Upstreams, query: str
 ) -> None:

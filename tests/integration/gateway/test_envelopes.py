@@ -223,9 +223,11 @@ async def test_what_is_no_proper_request(gateway: Gateway, raw: bytes, status: i
 
 
 async def test_json_that_the_transcoder_cannot_read(gateway: Gateway, upstreams: Upstreams) -> None:
-    answer = await gateway.client.post(f"{JOB}/cancel", content=b'{"a": "\xff\n', headers={"x": "y"})
+    for body in (b'{"a": "\xff\n', b"\nnot json\n"):
+        answer = await gateway.client.post(f"{JOB}/cancel", content=body, headers={"x": "y"})
 
-    assert error_of(answer)[:3] == (400, "invalid_request_error", "invalid_request")
+        assert error_of(answer)[:3] == (400, "invalid_request_error", "invalid_request")
+        assert error_of(answer)[3].isprintable()
     assert upstreams.calls == []
 
 

@@ -70,6 +70,14 @@ async def test_unknown_method_of_a_public_service(gateway: Gateway) -> None:
     assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_bytes_that_are_no_message(gateway: Gateway, upstreams: Upstreams) -> None:
+    call = gateway.channel.unary_unary("/tunery.job.v1.JobService/GetJob")
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call(b"\xff", metadata=(("authorization", f"Bearer {FIRST_KEY}"),))
+    assert raised.value.code() == grpc.StatusCode.UNKNOWN  # as docs/grpc.md says
+    assert upstreams.calls == []
+
+
 async def test_tail_logs_streams_one_by_one_and_ends_when_cancelled(
     gateway: Gateway, upstreams: Upstreams
 ) -> None:

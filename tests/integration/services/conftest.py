@@ -94,11 +94,15 @@ class Services:
         """Returns a caller's metadata: a process's of the stack."""
         return Issuer.load(kind, self.identity_dir).own_metadata()  # type: ignore[arg-type]  # one of KINDS
 
-    async def upload(self, account: Metadata, text: str, name: str = "rows.csv") -> dataset_pb2.Dataset:
+    async def upload(
+        self, account: Metadata, text: str, file_name: str = "rows.csv", name: str | None = None
+    ) -> dataset_pb2.Dataset:
         data = text.encode()
         request = dataset_service_pb2.UploadDatasetRequest
         parts = [
-            request(header=dataset_service_pb2.UploadHeader(file_name=name, size_bytes=len(data))),
+            request(
+                header=dataset_service_pb2.UploadHeader(file_name=file_name, name=name, size_bytes=len(data))
+            ),
             request(chunk=data),
         ]
         return await self.datasets.UploadDataset(iter(parts), metadata=account)

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from dataset_svc.settings import DatasetSettings
 from dataset_svc.uploads import MAX_CONCURRENT_UPLOADS
 from svc_kit.ids import new_id
 from svc_kit.object_store import ObjectStore
@@ -196,23 +197,34 @@ async def test_ids_that_are_none_are_not_found(services: Services, dataset_id: s
 
 async def test_uploads_beyond_the_limit_are_refused_and_block_nobody(services: Services) -> None:
     """Slow clients hold every place: the next is told to come back, and those that hold one finish."""
-    account = services.account()
     part = dataset_service_pb2.UploadDatasetRequest
     header = part(header=dataset_service_pb2.UploadHeader(file_name="rows.csv", size_bytes=len(ROWS)))
-    slow = [services.datasets.UploadDataset(metadata=account) for _ in range(MAX_CONCURRENT_UPLOADS)]
-    for call in slow:
-        await call.write(header)
+    share = DatasetSettings.model_fields["max_concurrent_uploads"].default
+    accounts = [services.account() for _ in range(MAX_CONCURRENT_UPLOADS // share)]
+    account = services.account()
 
-    async def refused() -> bool:
-        try:
-            await services.upload(account, ROWS)
-        except grpc.aio.AioRpcError as error:
-            return error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        return False
+    async def upload_on(who: Metadata) -> None:
+        async with asyncio.timeout(30):
+            while True:
+                await services.upload(who, ROWS)
 
-    async with asyncio.timeout(30):
-        while not await refused():  # until the last of them has its place
-            pass
+    async def refused(who: Metadata) -> str:
+        """Why an account's next upload is refused, asked until the last of the slow ones has its place."""
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await upload_on(who)
+        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        return raised.value.details() or ""
+
+    slow = []
+    for holder in accounts:
+        await services.upload(account, ROWS)  # those before have left places
+        calls = [services.datasets.UploadDataset(metadata=holder) for _ in range(share)]
+        for call in calls:
+            await call.write(header)
+        slow += calls
+        if holder is not accounts[-1]:
+            assert f"has {share} uploads under way" in await refused(holder)
+    assert f"{MAX_CONCURRENT_UPLOADS} uploads are under way" in await refused(account)
     for call in slow:
         await call.write(part(chunk=ROWS.encode()))
         await call.done_writing()

@@ -40,6 +40,7 @@ async def test_each_follower_gets_each_line_once(services: Services) -> None:
         followers.append((last + 5, asyncio.create_task(follow(last + 5))))
         assert len(await follow(max(0, seq - 30), 5)) == 5  # leaves early
     await end(services, lease, failed=worker_pb2.Failed(message="done", fault="job"))
+    assert await follow(2**63 - 1) == []  # the largest that a client can name
     for after_seq, follower in followers:
         assert await follower == list(range(after_seq + 1, last + 1))
     assert [record.seq for record in await whole_log(services, account, job)] == list(range(1, last + 1))

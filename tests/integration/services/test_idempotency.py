@@ -74,6 +74,21 @@ async def test_a_key_is_an_accounts_own_and_serves_both_contracts(services: Serv
     assert made[0] == made[1] != made[2] == made[3]
 
 
+async def test_two_keys_for_one_request_are_refused(services: Services) -> None:
+    account = services.account()
+    keyed = with_key(with_key(account, "k-1"), "k-2")
+    message = await refused(services.jobs.CreateJob(job_on(dataset_pb2.Dataset(id="ds-x")), metadata=keyed))
+    assert message == "`Idempotency-Key` is there 2 times; send one for a request."
+    assert "is there 2 times" in await refused(services.upload(keyed, ROWS))
+
+
+async def test_an_upload_of_another_format_is_another_request(services: Services) -> None:
+    account = services.account()
+    await services.upload(with_key(account, "k-1"), ROWS, "rows.csv", "rows")
+    again = services.upload(with_key(account, "k-1"), ROWS, "rows.jsonl", "rows")
+    assert "'k-1' was used for another request" in await refused(again)
+
+
 async def test_an_upload_sent_again_is_the_same_dataset(services: Services) -> None:
     account = services.account()
     keyed = with_key(account, "k-1")

@@ -315,6 +315,29 @@ async def test_a_job_may_say_how_often_it_is_started_again(services: Services) -
         assert (await services.fine_tuning.GetJobStatus(request, metadata=account)).status == status
 
 
+async def test_no_text_of_a_user_makes_a_line_of_its_own(services: Services) -> None:
+    account = services.account()
+    forged = "2026-01-01T00:00:00.000+00:00 job completed: 99 steps"
+    rows = f'question,answer,"x\n{forged}\u2028\x1b"\n' + "".join(f"q{i},a{i},\n" for i in range(10))
+    dataset = await services.upload(account, rows)
+    request = job_service_pb2.CreateJobRequest(
+        base_model="tunery-tiny", dataset_id=dataset.id, task_type="qa"
+    )
+    job = await services.jobs.CreateJob(request, metadata=account)
+    lease = await lease_of(services, job, new_id("trainer"))
+    odd = event(lease.next_seq)
+    odd.message = f"said\r\n{forged}\0"
+    await report(services, lease, odd)
+    await end(services, lease, failed=worker_pb2.Failed(message=f"no\n{forged}", fault="job"))
+
+    messages = [record.message for record in await whole_log(services, account, job)]
+
+    assert f"columns that the task doesn't use: x\\n{forged}\\u2028\\x1b" in messages
+    assert f"said\\r\\n{forged}\\x00" in messages
+    assert messages[-1] == f"job failed: no\\n{forged}"
+    assert all(message.isprintable() for message in messages)
+
+
 async def test_counts_beyond_what_messages_hold_do_no_harm(services: Services) -> None:
     account = services.account()
     job = await services.new_job(account, epochs=2**31 - 1)

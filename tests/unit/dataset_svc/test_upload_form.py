@@ -65,6 +65,24 @@ def test_takes_the_name_before_or_after(name_first: bool) -> None:
     assert parse(body + END)[0] == UploadedForm("a.csv", "Données")
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [b"Content-Type: text/csv; charset=UTF-8", b"Content-Encoding: identity"],
+        [b'Content-Type: application/vnd.ms-excel; charset="us-ascii"'],
+        [b"Content-Type: nonsense"],
+        [b"Content-Type: text/csv; header=present; boundary=charset"],
+    ],
+)
+def test_takes_a_file_of_any_media_type(headers: list[bytes]) -> None:
+    assert parse(part('name="file"; filename="a.csv"', b"x", *headers) + END)[1] == b"x"
+
+
+def test_reads_the_name_in_its_charset() -> None:
+    name = part('name="name"', b"caf\xe9", b"Content-Type: text/plain; charset=ISO-8859-1")
+    assert parse(FILE_PART + name + END)[0].name == "café"
+
+
 def test_takes_an_empty_file() -> None:
     assert parse(part('name="file"; filename="a.csv"', b"") + END) == (UploadedForm("a.csv", None), b"")
 
@@ -161,6 +179,10 @@ def test_takes_filenames(parameters: str, filename: str) -> None:
         (FILE_PART + part('name="name"', b"x" * 257), "longer than 256"),
         (FILE_PART + part('name="name"', b"x" * 100_000), "longer than 256"),
         (part('name="file"; filename="a"', b"x", b"Content-Transfer-Encoding: base64"), "as they are"),
+        (part('name="file"; filename="a"', b"x", b"Content-Encoding: gzip"), "as they are"),
+        (part('name="file"; filename="a"', b"x", b"Content-Type: text/csv; charset=utf-16"), "in UTF-8"),
+        (part('name="file"; filename="a"', b"x", b'Content-Type: a/b;x=y; CHARSET = "latin1"'), "in UTF-8"),
+        (FILE_PART + part('name="name"', b"x", b"Content-Type: text/plain;charset=utf-16"), "in UTF-8"),
         (part('name="file"; filename="a"', b"x", b"content-disposition: form-data"), "twice"),
         (b"--bnd\r\nX: y\r\n\r\nz\r\n", "no Content-Disposition"),
         (b'--bnd\r\nContent-Disposition: attachment; name="file"\r\n\r\nz\r\n', "isn't of the form"),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference_svc.artifacts import artifact_key
 from svc_kit.errors import (
     InvalidRequest,
+    LimitReached,
     NotFound,
     PayloadTooLarge,
     PermissionDenied,
@@ -203,13 +204,14 @@ async def test_only_accounts_are_let_in(stack: Any) -> None:
 async def admitted(stack: Any, count: int) -> None:
     """Waits until so many requests are in the service."""
     async with asyncio.timeout(60):
-        while stack.chat._num_admitted != count:  # noqa: ASYNC110  # the service has no event for it
+        while stack.chat._admitted.total != count:  # noqa: ASYNC110  # the service has no event for it
             await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("stack", [1], indirect=True)
 async def test_requests_over_the_limit_are_refused_and_not_kept_waiting(stack: Any) -> None:
-    calls = [stack.start(max_tokens=2000, stop=["never so"]) for _ in range(2)]
+    accounts = ("acct-a", "acct-b")
+    calls = [stack.start(account=account, max_tokens=2000, stop=["never so"]) for account in accounts]
     await admitted(stack, 2)
     with pytest.raises(TooManyRequests):
         await stack.ask(max_tokens=1)
@@ -217,6 +219,19 @@ async def test_requests_over_the_limit_are_refused_and_not_kept_waiting(stack: A
         call.cancel()
     await admitted(stack, 0)
     assert (await stack.ask(max_tokens=1)).model == TINY
+
+
+@pytest.mark.parametrize("stack", [4], indirect=True)
+async def test_an_account_leaves_places_to_others(stack: Any) -> None:
+    calls = [stack.start(max_tokens=2000, stop=["never so"]) for _ in range(3)]
+    await admitted(stack, 3)
+    with pytest.raises(LimitReached, match="has 3 requests"):
+        await stack.ask(max_tokens=1)
+    other = stack.start(account="acct-b", max_tokens=1)
+    await admitted(stack, 4)
+    for call in calls:
+        call.cancel()
+    assert (await other).model == TINY
 
 
 async def test_generation_ends_when_the_client_goes(stack: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from typing import Annotated
 
 import pytest
@@ -46,6 +48,9 @@ class Outer(StrictBody):
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\ud800": 1}', "surrogate"),
         (b'{"a": "\xff"}', "UTF-8"),
+        ('{"a": "b"}'.encode("utf-16"), "UTF-8"),
+        ('{"a": "b"}'.encode("utf-16-le"), "not JSON"),
+        ('{"a": "b"}'.encode("utf-32"), "UTF-8"),
         (b'{"a":' * 40 + b"1" + b"}" * 40, "deep"),
         (b'{"a":' * 100_000, "deep"),
     ],
@@ -59,6 +64,26 @@ def test_bodies_that_are_no_plain_object_are_refused(body: bytes, told: str) -> 
 def test_a_plain_object_is_read_as_it_is() -> None:
     body = '{"a": [1, 2.5, true, null, "é\\u0000"], "b": {}}'.encode()
     assert parse_json_object(body) == {"a": [1, 2.5, True, None, "é\0"], "b": {}}
+
+
+def test_a_byte_order_mark_is_passed_over() -> None:
+    assert parse_json_object('{"a": 1}'.encode("utf-8-sig")) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{" + ",".join(f'"{number}": 0' for number in [*range(60_000), 59_999]) + "}",
+        '{"' + "k" * 500_000 + '": [' + ",".join(["0"] * 270_000) + "]}",
+        '{"a": "' + "x" * 900_000 + '"}',
+    ],
+    ids=["a key of many is there twice", "a long key of a long list", "a long text"],
+)
+def test_no_body_takes_long(body: str) -> None:
+    started = time.process_time()
+    with contextlib.suppress(InvalidRequest):
+        parse_json_object(body.encode())
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -84,6 +109,12 @@ def test_what_is_wrong_is_named(value: dict[str, object], field: str) -> None:
         validate(Outer, value)
     assert f"`{field}`" in caught.value.message
     assert caught.value.details["field"] == field
+
+
+@pytest.mark.parametrize("inner", [[], "x", 1])
+def test_no_text_is_about_python(inner: object) -> None:
+    with pytest.raises(InvalidRequest, match="`inner`: an object was expected, but it is"):
+        validate(Outer, {"name": "x", "inner": inner})
 
 
 @pytest.mark.parametrize("value", [{"name": None}, {"name": "x", "inner": None}])
