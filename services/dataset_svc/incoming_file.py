@@ -56,7 +56,7 @@ class _Pipe(io.RawIOBase):
         while not self._left and not self._ended:
             chunk = self._chunks.get()
             if isinstance(chunk, _Aborted):
-                raise chunk
+                raise _Aborted  # not `chunk`: that this frame holds, and its traceback would hold the frame
             self._ended = chunk is None
             self._left = memoryview(chunk or b"")
         size = min(len(buffer), len(self._left))

@@ -207,6 +207,9 @@ class _Draft:
         except asyncio.CancelledError:
             await asyncio.wait([future])
             raise
+        finally:
+            # What it failed with has this frame in its traceback: a circle, and an upload's buffers in it.
+            del future
 
     def start(self, format_: Format) -> None:
         assert self._row is not None

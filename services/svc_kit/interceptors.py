@@ -146,7 +146,9 @@ class ServingInterceptor(grpc.aio.ServerInterceptor):
                     _log_answered(started, code=known.code)
                 # The transcoder sends a response's status as soon as initial metadata comes, so none may
                 # precede this.
-                await context.abort_with_status(to_status(known))
+                status = to_status(known)
+                del known  # its traceback holds this frame
+                await context.abort_with_status(status)
             finally:
                 if record:
                     record.write(result)
@@ -203,20 +205,33 @@ def _known(error: Exception) -> TuneryError:
     return known
 
 
+def _bare(abort: grpc.aio.AbortError) -> grpc.aio.AbortError:
+    """An abort without what led to it. gRPC keeps it in a circle, and so would keep the frames of the call,
+    and all their buffers, until somebody looks for garbage."""
+    abort.__context__ = None
+    return abort.with_traceback(None)
+
+
 def _guarded(
     handler: grpc.RpcMethodHandler, served: Callable[[Any, Any], Any], streams: OpenStreams | None
 ) -> grpc.RpcMethodHandler:
     async def unary(request: Any, context: Any) -> Any:
-        async with served(request, context) as note:
-            response = await behavior(request, context)
-            note(response)
-            return response
+        try:
+            async with served(request, context) as note:
+                response = await behavior(request, context)
+                note(response)
+                return response
+        except grpc.aio.AbortError as abort:
+            raise _bare(abort) from None
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        async with served(request, context):
-            responses = behavior(request, context)
-            async for response in streams.guard(responses) if streams else responses:
-                yield response
+        try:
+            async with served(request, context):
+                responses = behavior(request, context)
+                async for response in streams.guard(responses) if streams else responses:
+                    yield response
+        except grpc.aio.AbortError as abort:
+            raise _bare(abort) from None
 
     behavior: Any  # a coroutine function or an async generator, which grpc's types don't tell apart
     if handler.response_streaming:

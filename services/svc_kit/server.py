@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,9 @@ async def serve(
     await server.start()
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     log.info("serving", listen=listen, port=port)
+    # What was imported stays for good: without it a look for garbage is quick, and so comes often.
+    gc.collect()
+    gc.freeze()
     works = [asyncio.create_task(work) for work in background]
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, *works], return_when=asyncio.FIRST_COMPLETED)
