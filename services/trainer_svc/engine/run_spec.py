@@ -101,7 +101,8 @@ class Extras(_Spec):
             None trains to the end.
         early_stopping_min_gain: the least fall of the validation loss that counts as a gain, in nats.
         max_non_finite_steps: so many steps in a row with an infinite loss or gradient send the run back to
-            its last checkpoint with half the learning rate, once; the next time they end it.
+            its newest checkpoint with other weights, with half the learning rate, once; the next time they
+            end it.
         report_every_steps: every so many steps, a step's event also has memory, padding and the share of the
             device's matrix peak.
         lora_dropout: probability of dropping an adapter's input, 0 to below 1.

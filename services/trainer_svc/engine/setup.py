@@ -68,16 +68,13 @@ class Workload:
     is_sharded: bool
 
 
-def prepare(
-    spec: RunSpec, group: ProcessGroup, events: EventLog, *, learning_rate_factor: float | None = None
-) -> Workload:
+def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     """Loads and builds everything, and logs what it found.
 
     Args:
         spec: the run's.
         group: the run's processes.
         events: gets the facts.
-        learning_rate_factor: None takes the checkpoint's.
 
     Raises:
         JobFault: the data, the base model or the method can't be trained with.
@@ -106,8 +103,6 @@ def prepare(
     optimizer = make_optimizer(model.parameters(), spec)
     plan = Plan.of(spec, len(training.examples), group.world_size)
     start = _start_state(spec, plan, training)
-    if learning_rate_factor is not None:
-        start = start.model_copy(update={"learning_rate_factor": learning_rate_factor})
     if spec.resume_from is not None:
         load_checkpoint(spec.resume_from, model, optimizer)
         events.log(f"resumed from step {start.step} (epoch {start.epoch})", step=start.step)
