@@ -126,8 +126,9 @@ def group_rows(
     """Splits examples into few groups of about the same size; a row longer than `max_tokens` stands alone.
 
     The longest go first, each to where most room is (LPT: Graham 1969, Bounds on Multiprocessing Timing
-    Anomalies); then, of few groups, rows change places as long as that makes the largest smaller. A small last group
-    would cost a pass over all weights for little, and where cores take a group each, the largest counts.
+    Anomalies); then, of few groups, rows change places as long as that makes the largest smaller. A small
+    last group would cost a pass over all weights for little, and where cores take a group each, the largest
+    counts.
 
     Args:
         examples: of one step.

@@ -93,10 +93,7 @@ def train(spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:
                 tracked = start_wandb(spec)
                 cleanup.callback(tracked.finish)
                 events.subscribe(tracked.record)
-                place = (
-                    tracked.url or "offline, since WANDB_API_KEY isn't set; `wandb sync` uploads its files"
-                )
-                events.log(f"Weights & Biases: {place}", wandb_url=tracked.url)
+                events.log(f"Weights & Biases: {tracked.place}", wandb_url=tracked.url)
         way_back = _run(spec, group, events, prepare(spec, group, events))
         if way_back is not None:
             # Prepared anew rather than rolled back: the same path as a resumed run's, which is tested.
