@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer_svc.engine.adapters import add_adapters, target_modules
 from trainer_svc.engine.base_model import compute_dtype, load_base_model
 from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_checkpoint, read_training_state
+from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import ExampleSet, load_examples
 from trainer_svc.engine.layers.speed_up import speed_up
@@ -85,7 +86,12 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     # updates are smaller than bfloat16's steps.
     weights_dtype = dtype if isinstance(spec.method, LoraMethod) else torch.float32
     base = load_base_model(spec.base_model_dir, weights_dtype, group.device, spec.extras)
-    longest = min(spec.extras.max_sequence_length or base.context_length, base.context_length)
+    longest = spec.extras.max_sequence_length or base.context_length
+    if longest > base.context_length:
+        raise JobFault(
+            f"max_sequence_length is {longest:,}, but {spec.base_model_id} reads at most "
+            f"{base.context_length:,} tokens"
+        )
     training, validation = _load_data(spec, base.tokenizer, longest, events)
     # Every process makes the same adapters.
     torch.manual_seed(derived_seed(spec.seed, 0))

@@ -10,8 +10,9 @@ from job_svc.config_request import LONGEST_METADATA_BYTES, ConfigBody
 from job_svc.credits import Price, estimate_tokens
 from job_svc.csv_job_request import CsvJobBody
 from job_svc.job_state import ENDED, LIVE, SUCCESSORS, JobStatus
-from job_svc.jobs import planned_tokens
+from job_svc.jobs import check_fit, planned_tokens
 from job_svc.torchrun_overrides import parse_overrides
+from svc_kit.catalog import load_catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import validate
 from trainer_svc.engine.run_spec import RunSpec
@@ -109,6 +110,18 @@ def test_null_extras_are_the_defaults() -> None:
     wrong = config(fine_tuning_options={"extras": {"dtype": None}})
     with pytest.raises(InvalidRequest, match=r"fine_tuning_options\.extras\.dtype"):
         validate(ConfigBody, wrong).plan(wrong)
+
+
+def test_rows_longer_than_the_context_are_refused() -> None:
+    for length in (2048, 2049):
+        sent = config(fine_tuning_options={"extras": {"max_sequence_length": length}})
+        plan = validate(ConfigBody, sent).plan(sent)
+        tiny = load_catalog().get("tunery-tiny")
+        if length == 2048:
+            check_fit(plan, tiny)
+        else:
+            with pytest.raises(InvalidRequest, match=r"`max_sequence_length` is 2,049, .* at most 2,048"):
+                check_fit(plan, tiny)
 
 
 def test_long_texts_are_refused_with_the_limit() -> None:
