@@ -6,6 +6,7 @@ bytes damaged on their way to the store and back.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer_svc.engine.adapters import load_adapters
-from trainer_svc.engine.artifact import MERGED_DIR
 from trainer_svc.engine.base_model import load_base_model
 from trainer_svc.engine.process_group import ProcessGroup
-from trainer_svc.engine.run_spec import LoraMethod, RunSpec
+from trainer_svc.engine.run_spec import MERGED_DIR, LoraMethod, RunSpec
 from trainer_svc.engine.setup import Workload
 
 # Largest relative difference of logits that is taken for rounding, by the coarsest number format on the way
@@ -46,6 +46,11 @@ class Reference:
 
     rows: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether each row's logits are finite and differ: else training has diverged."""
+        return all(0 < _spread(logits_SV) < math.inf for logits_SV in self.logits)
 
 
 def reference_of(workload: Workload, group: ProcessGroup) -> Reference:
@@ -141,4 +146,8 @@ def _logits(
 
 
 def _relative_difference(ours_SV: Tensor, theirs_SV: Tensor) -> float:
-    return float((ours_SV - theirs_SV).norm() / (theirs_SV - theirs_SV.mean()).norm())
+    return float((ours_SV - theirs_SV).norm()) / _spread(theirs_SV)
+
+
+def _spread(logits_SV: Tensor) -> float:
+    return float((logits_SV - logits_SV.mean()).norm())

@@ -20,6 +20,7 @@ from trainer_svc.engine.checkpoint import (
     take_snapshot,
     write_folder,
 )
+from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.merging import write_merged
 from trainer_svc.engine.parity import check_parity, reference_of, wait_for
@@ -28,6 +29,10 @@ from trainer_svc.engine.run_spec import RunSpec
 from trainer_svc.engine.setup import Workload
 
 LOGS_DIR = "logs"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 class RunOutput:
@@ -146,12 +151,19 @@ class RunOutput:
         Every process must call it.
 
         Raises:
+            JobFault: the last steps made the weights, or what comes of them, no numbers to go by.
             ParityError: the stored model is not the trained one.
         """
         spec, workload = self._spec, self._workload
         self._writer.wait()
         reference = reference_of(workload, self._group)
         snapshot = take_snapshot(workload.model, None, keep=self._group.is_first).copied()
+        is_sound = reference.is_sound and all(map(_is_finite, snapshot.weights.values()))
+        if self._group.largest(int(not is_sound)):
+            raise JobFault(
+                f"training diverged: after step {state.changed_at_step}, the model's weights or logits are "
+                "infinite, not numbers or all alike; lower learning_rate, or add warmup_steps"
+            )
         if self._group.is_first:
             write_folder(spec.output_dir / ARTIFACT_DIR, partial(self._fill_artifact, state, snapshot))
             self._events.write("artifact", "model written", path=ARTIFACT_DIR)

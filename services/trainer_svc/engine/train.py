@@ -190,6 +190,7 @@ class Loop:
 
         Raises:
             Diverged: too many steps in a row had no finite gradients.
+            JobFault: the weights that it ended with are of no use.
             Stopped: it was told to stop before the last step.
         """
         plan = self._workload.plan
@@ -199,10 +200,11 @@ class Loop:
                 self._after_step()
                 self._stop_if_told()
             if self._stops_early:
+                best = self._state.best_validation_loss
                 self._events.log(
                     f"stopped early after step {self._state.step}: the validation loss had no gain in "
                     f"{self._state.measurements_without_gain} measurements; its best was "
-                    f"{self._state.best_validation_loss:.4f}"
+                    f"{'no number' if best is None else f'{best:.4f}'}"
                 )
             self._output.finish(self._state)
 

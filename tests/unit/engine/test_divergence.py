@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from trainer_svc.engine import passes
 from trainer_svc.engine.checkpoint import TrainingState
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
+from trainer_svc.engine.gradients import GradientComputer
 from trainer_svc.engine.process_group import single_process
 from trainer_svc.engine.run_spec import RunSpec
 from trainer_svc.engine.train import train
@@ -174,6 +176,26 @@ def test_a_run_that_is_killed_after_going_back_does_not_go_back_again(
     resumed = run_engine(make_spec("resumed", extras=EXTRAS, resume_from=spec.output_dir / path))
     assert steps(resumed) == [(each, 5e-3) for each in range(step + 1, 9)]
     assert resumed.losses == whole.losses[-len(resumed.losses) :]
+
+
+@pytest.mark.parametrize("method", [{"kind": "lora"}, {"kind": "full"}])
+@pytest.mark.parametrize("max_steps", [1, 2])
+def test_a_run_that_diverges_in_its_last_steps_ends(
+    method: dict[str, Any], max_steps: int, make_spec: MakeSpec, run_engine: Any
+) -> None:
+    spec = make_spec(method=method, max_steps=max_steps, learning_rate=1e30)
+    with pytest.raises(JobFault, match=r"training diverged: after step [12],.*lower learning_rate"):
+        run_engine(spec)
+    assert not (spec.output_dir / "artifact").exists()
+
+
+def test_early_stopping_without_any_finite_measurement(
+    make_spec: MakeSpec, run_engine: Any, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GradientComputer, "mean_loss", lambda *_: math.nan)
+    run = run_engine(make_spec(validation_file=rows_file, extras={"early_stopping_patience": 1}))
+    assert any("its best was no number" in event["message"] for event in run.of_kind("log"))
+    assert run.of_kind("finished")[0]["steps"] == 4
 
 
 def test_a_run_that_diverges_again_ends(make_spec: MakeSpec, run_engine: Any, spoil: Any) -> None:
