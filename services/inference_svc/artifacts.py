@@ -22,7 +22,7 @@ from svc_kit.identity import Issuer
 from svc_kit.interceptors import from_rpc_error
 from svc_kit.object_store import ObjectStore
 from svc_kit.shared_calls import SharedCalls
-from trainer_svc.engine.artifact import MERGED_DIR
+from trainer_svc.engine.run_spec import MERGED_DIR
 from tunery.job.v1 import model_service_pb2
 from tunery.job.v1.model_service_pb2_grpc import ModelArtifactServiceStub
 

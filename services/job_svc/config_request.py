@@ -7,6 +7,7 @@ discriminator has no mapping, are accepted too.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ DEFAULT_BATCH_ROWS = 8
 DEFAULT_LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 DEFAULT_RANK = 8
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "output_proj"]
+LONGEST_METADATA_BYTES = 16 * 1024
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -174,6 +176,15 @@ class ConfigBody(StrictBody):
     metadata: dict[str, Any] | None = None
     priority: Priority = 0
 
+    @field_validator("metadata")
+    @classmethod
+    def _is_short(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+        # Every answer about the job has it.
+        size = len(json.dumps(metadata, ensure_ascii=False).encode())
+        if size > LONGEST_METADATA_BYTES:
+            raise ValueError(f"its JSON has {size:,} bytes, and {LONGEST_METADATA_BYTES:,} is the limit")
+        return metadata
+
     def plan(self, sent: dict[str, Any]) -> JobPlan:
         """Returns the job that the request asks for.
 
@@ -223,7 +234,8 @@ class ConfigBody(StrictBody):
         except ValueError as error:
             field = "fine_tuning_options.extras"
             raise InvalidRequest(f"`{field}`: {error}.", field=field) from error
-        return extras.model_dump(mode="json", exclude_unset=True)
+        # A null asks for the default, which is what a run takes where a setting is left out.
+        return extras.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def _overrides(text: str) -> dict[str, Any]:

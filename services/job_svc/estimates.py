@@ -82,7 +82,7 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
     share = run["epochs"] * steps / all_steps
     tokens, targets = counts.num_tokens * share, counts.num_targets * share
     # On one processor, processes share its cores; each GPU computes for itself.
-    workers = 1 if probe["device"].startswith("cpu") else processes
+    workers = 1 if _is_cpu(probe) else processes
     training = (
         steps * probe["seconds_per_step"]
         + (tokens * probe["seconds_per_token"] + targets * probe["seconds_per_target"]) / workers
@@ -101,10 +101,18 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
 
 
 def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
+    """The most that one device has to hold: one process's on a GPU, all processes' on a CPU."""
     sharded_over = num_processes(run) if run["method"]["kind"] == "full" else 1
     step_tokens = run["batch_size"] * counts.num_tokens / counts.num_rows
     pass_tokens = max(min(probe["tokens_per_pass"], step_tokens), _longest_row(run, counts))
-    return float(probe["base_memory_bytes"]) / sharded_over + probe["bytes_per_token"] * pass_tokens
+    num_on_device = num_processes(run) if _is_cpu(probe) else 1
+    return num_on_device * (
+        float(probe["base_memory_bytes"]) / sharded_over + probe["bytes_per_token"] * pass_tokens
+    )
+
+
+def _is_cpu(probe: dict[str, Any]) -> bool:
+    return bool(probe["device"].startswith("cpu"))
 
 
 def _longest_row(run: dict[str, Any], counts: RowCounts) -> int:
@@ -124,17 +132,22 @@ def refusal(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any], cost:
     """Returns why a run can't fit its device and what would make it fit; None when it fits."""
     total = probe["total_memory_bytes"]
     usable = total * _USABLE_MEMORY
-    if cost.memory_bytes <= usable:
+    # A probe is made with the weights as they are: of weights in 4 bits it knows nothing.
+    if cost.memory_bytes <= usable or run["extras"].get("quantize_base", "none") != "none":
         return None
-    if _memory(run, counts, probe | {"bytes_per_token": 0.0}) > usable:
+    # On a CPU one process takes the least.
+    smallest = run | {"torchrun_arguments": []} if _is_cpu(probe) else run
+    without_rows = _memory(smallest, counts, probe | {"bytes_per_token": 0.0})
+    if _memory(smallest, counts, probe) <= usable:
+        cure = "train in fewer processes, by --nproc_per_node"
+    elif without_rows > usable:
         cure = (
             "train LoRA adapters instead of all weights, or a smaller base model"
             if run["method"]["kind"] == "full"
             else "train a smaller base model"
         )
     else:
-        room = usable - (cost.memory_bytes - probe["bytes_per_token"] * _longest_row(run, counts))
-        fitting = int(room / probe["bytes_per_token"]) if probe["bytes_per_token"] else 0
+        fitting = int((usable - without_rows) / probe["bytes_per_token"]) if probe["bytes_per_token"] else 0
         cure = f"set extras.max_sequence_length to at most {max(fitting, 2):,}"
     return (
         f"the run needs about {_gib(cost.memory_bytes)} of memory and the trainer's device "

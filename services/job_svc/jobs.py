@@ -78,7 +78,7 @@ class Jobs:
             async with self._database.read() as connection:
                 if made := await self._made_with(connection, account_id, idempotency_key, plan):
                     return made
-        _check_modules(plan, self._catalog.get(plan.base_model))
+        check_fit(plan, self._catalog.get(plan.base_model))
         job_id = new_id("job")
         try:
             # A refusal may come after a hold: of columns that don't fit, of the second of two URIs.
@@ -270,8 +270,15 @@ def planned_tokens(run: dict[str, Any], size_bytes: float, num_rows: int) -> int
     return math.ceil(credits.estimate_tokens(size_bytes, num_rows) * run["epochs"] * share)
 
 
-def _check_modules(plan: JobPlan, base_model: BaseModelEntry) -> None:
-    """Refuses adapters for matrices that the base model doesn't have, before anything is stored."""
+def check_fit(plan: JobPlan, base_model: BaseModelEntry) -> None:
+    """Refuses what the base model doesn't have or can't read, before anything is stored."""
+    longest = plan.run["extras"].get("max_sequence_length", 0)
+    if longest > base_model.context_length:
+        raise InvalidRequest(
+            f"`max_sequence_length` is {longest:,}, but {base_model.id} reads at most "
+            f"{base_model.context_length:,} tokens.",
+            field="fine_tuning_options.extras.max_sequence_length",
+        )
     known = [OUTPUT_PROJECTION, *base_model.attention_modules]
     for module in plan.run["method"].get("attn_modules", []):
         if module not in known:

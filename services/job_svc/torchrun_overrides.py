@@ -10,7 +10,8 @@ from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import nearest
 
 MAX_PROCESSES = 64
-_RDZV_TIMEOUT = r"(timeout|join_timeout|last_call_timeout|close_timeout|read_timeout)=\d{1,5}"
+LONGEST_OVERRIDES = 4096
+_RDZV_TIMEOUT = r"(timeout|join_timeout|last_call_timeout|close_timeout|read_timeout)=[1-9][0-9]{0,4}"
 MAX_RESTARTS = 10
 _MOST_DIGITS = 9
 
@@ -22,6 +23,11 @@ def _whole_number(lowest: int, highest: int) -> Callable[[str], bool]:
         return is_short and text.isascii() and text.isdigit() and lowest <= int(text) <= highest
 
     return is_right
+
+
+def _local_endpoint(text: str) -> bool:
+    host, _, port = text.partition(":")
+    return host in ("localhost", "127.0.0.1") and _whole_number(1, 65535)(port)
 
 
 def _matches(pattern: str) -> Callable[[str], bool]:
@@ -40,12 +46,12 @@ ALLOWED: dict[str, tuple[str, Callable[[str], bool]]] = {
     "--rdzv_id": ("at most 64 of A-Z a-z 0-9 . _ -", _matches(r"[A-Za-z0-9._-]{1,64}")),
     # Another host would be one that the trainer can reach and its user perhaps not.
     "--rdzv_endpoint": (
-        "localhost:PORT or 127.0.0.1:PORT, since a job trains on one machine",
-        _matches(r"(localhost|127\.0\.0\.1):\d{1,5}"),
+        "localhost:PORT or 127.0.0.1:PORT, PORT from 1 to 65535, since a job trains on one machine",
+        _local_endpoint,
     ),
     "--rdzv_conf": (
-        "NAME=SECONDS with commas between, of timeout, join_timeout, last_call_timeout, close_timeout and "
-        "read_timeout",
+        "NAME=SECONDS with commas between, SECONDS from 1, of timeout, join_timeout, last_call_timeout, "
+        "close_timeout and read_timeout",
         _matches(rf"{_RDZV_TIMEOUT}(,{_RDZV_TIMEOUT})*"),
     ),
 }
@@ -55,8 +61,14 @@ def parse_overrides(text: str) -> list[str]:
     """Returns the options as `--name=value`, in torchrun's spelling with underscores.
 
     Raises:
-        InvalidRequest: an option is unknown, given twice, or has no value or a wrong one.
+        InvalidRequest: the text is too long, or an option is unknown, given twice, or has no value or a
+            wrong one.
     """
+    if len(text) > LONGEST_OVERRIDES:  # shlex takes the square of its length
+        raise InvalidRequest(
+            f"`overrides` has {len(text):,} characters, and {LONGEST_OVERRIDES:,} is the limit.",
+            field="overrides",
+        )
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -65,7 +77,8 @@ def parse_overrides(text: str) -> list[str]:
     position = 0
     while position < len(words):
         name, equals, value = words[position].partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1)
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
         position += 1
         if name not in ALLOWED:
             listed = ", ".join(ALLOWED)

@@ -115,6 +115,15 @@ class Validator:
                 log.warning("a claim can't be renewed for now", job_id=job_id, cause=str(error))
 
     async def _validate(self, job: sa.Row[Any]) -> None:
+        try:
+            await self._prepare(job)
+        except DATABASE_AWAY:
+            raise
+        except Exception:
+            log.exception("a job's data can't be checked", job_id=job.id)
+            await self._fail_or_wait(job, TuneryError("The service failed to check the job's data."))
+
+    async def _prepare(self, job: sa.Row[Any]) -> None:
         request = data_pb2.PrepareJobDataRequest(
             account_id=job.account_id,
             job_id=job.id,

@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Attempt:
         self._is_told_to_stop = False
         self._process: RunProcess | None = None
         self._output_dir = folder  # each run of the engine has one of its own below it
-        self._newest_checkpoint: Path | None = None
+        self._checkpoints: list[tuple[int, Path]] = []  # steps and folders: stored, and still on the disk
         self._transfers: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
@@ -176,8 +176,8 @@ class Attempt:
             except MemoryFull as full:
                 await self._settle()
                 spec |= {"tokens_per_pass": full.tokens_per_pass}
-                if self._newest_checkpoint is not None:
-                    spec["resume_from"] = str(self._newest_checkpoint)
+                if self._checkpoints:
+                    spec["resume_from"] = str(self._checkpoints[-1][1])
                 self._reporter.add(
                     "log",
                     f"{full}; the run goes on from its last checkpoint in passes of at most "
@@ -353,10 +353,11 @@ class Attempt:
         message = event["message"].replace("written", "stored")
         data = {name: event[name] for name in names} | {"object_prefix": prefix}
         self._reporter.add("checkpoint", message, None, data)
-        # The newest stays: a run that diverges goes back to it.
-        if self._newest_checkpoint is not None and self._newest_checkpoint != folder:
-            shutil.rmtree(self._newest_checkpoint)
-        self._newest_checkpoint = folder
+        before = self._checkpoints
+        self._checkpoints = with_newest(before, event["step"], folder, event["changed_at_step"])
+        for old in before:
+            if old not in self._checkpoints:
+                shutil.rmtree(old[1])
 
     async def _remove_checkpoint(self, event: dict[str, Any]) -> None:
         self._report(event)
@@ -393,6 +394,24 @@ class Attempt:
     @property
     def _artifact_prefix(self) -> str:
         return f"{self._lease.attempt_prefix}artifact/"
+
+
+def with_newest(
+    checkpoints: Sequence[tuple[int, Path]], step: int, folder: Path, changed_at_step: int
+) -> list[tuple[int, Path]]:
+    """Returns the checkpoints that the engine may still need: steps and folders, by step.
+
+    Args:
+        checkpoints: those so far.
+        step: of the newest. If there are later ones, the run went back to this step.
+        folder: of the newest.
+        changed_at_step: when the newest one's weights last changed. A run that diverges goes back to the
+            last checkpoint before that.
+    """
+    kept = [old for old in checkpoints if old[0] < step] + [(step, folder)]
+    while len(kept) > 1 and kept[1][0] < changed_at_step:
+        del kept[0]
+    return kept
 
 
 async def _patiently(transfer: Callable[[], Awaitable[None]]) -> None:

@@ -224,6 +224,10 @@ def custom(**options: Any) -> dict[str, Any]:
         ({OPTIONS: {"extras": {"warmup_steps": 1.5}}}, (f"{OPTIONS}.extras.warmup_steps",)),
         ({OPTIONS: {"extras": {"dtype": "float16"}}}, (f"{OPTIONS}.extras.dtype",)),
         ({OPTIONS: {"extras": {"max_sequence_length": 1}}}, (f"{OPTIONS}.extras.max_sequence_length",)),
+        ({OPTIONS: {"extras": {"max_sequence_length": 2049}}}, ("max_sequence_length", "at most 2,048")),
+        ({OPTIONS: {"extras": {"dtype": None}}}, (f"{OPTIONS}.extras.dtype",)),
+        ({"overrides": " " * 4097}, ("overrides", "4,097", "4,096")),
+        ({"metadata": {"a": "x" * 16_384}}, ("metadata", "16,384")),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )

@@ -29,7 +29,7 @@ from job_svc.config_request import FineTuningOptionsBody, FullBody, LoraBody
 from job_svc.csv_job_request import HyperparametersBody
 from job_svc.jobs import DEFAULT_PAGE, MAX_PAGE
 from job_svc.settings import JobSettings
-from job_svc.torchrun_overrides import ALLOWED
+from job_svc.torchrun_overrides import ALLOWED, LONGEST_OVERRIDES
 from svc_kit.server import MAX_MESSAGE_BYTES
 from svc_kit.settings import DatabaseSettings, ObjectStoreSettings, ServerSettings
 from svc_kit.strict_json import MAX_DEPTH
@@ -220,6 +220,8 @@ def limits_table() -> str:
         ("Path and headers", "60 KiB together, 100 in number", "fixed"),
         ("Nesting of a JSON body", f"{MAX_DEPTH} levels", "fixed"),
         ("A data URI", f"{_LONGEST_URI:,} characters", "fixed"),
+        ("`overrides`", f"{LONGEST_OVERRIDES:,} characters", "fixed"),
+        ("`metadata`", f"{config_request.LONGEST_METADATA_BYTES // 2**10} KiB of JSON", "fixed"),
         ("Jobs on a page", f"{MAX_PAGE}, by default {DEFAULT_PAGE}", "fixed"),
         ("Time for an answer", f"{routes.DEFAULT_SECONDS} s", "fixed"),
         ("Time for making a job", f"{routes.SUBMIT_SECONDS} s", "fixed"),

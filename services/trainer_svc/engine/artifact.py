@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from trainer_svc.engine.run_spec import LoraMethod, RunSpec
+from trainer_svc.engine.run_spec import MERGED_DIR, LoraMethod, RunSpec
 
 ARTIFACT_DIR = "artifact"
-MERGED_DIR = "merged"  # below it
 
 
 @dataclass(frozen=True)

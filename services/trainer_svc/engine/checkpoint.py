@@ -68,6 +68,7 @@ class CheckpointMark(BaseModel):
         epoch: the epoch of the last step, from 1.
         ends_epoch: whether the epoch (or the run) ends with it.
         validation_loss: measured at this step; None without.
+        half_rate: whether the run had gone back before, and learns at half the rate since.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,11 +77,13 @@ class CheckpointMark(BaseModel):
     epoch: int
     ends_epoch: bool
     validation_loss: float | None
+    half_rate: bool = False
 
     @property
     def path(self) -> Path:
-        """Its folder, below the run's."""
-        return Path(CHECKPOINTS_DIR) / (f"epoch-{self.epoch}" if self.ends_epoch else f"step-{self.step}")
+        """Its folder, below the run's. After going back it's another: the first may still be copied from."""
+        name = f"epoch-{self.epoch}" if self.ends_epoch else f"step-{self.step}"
+        return Path(CHECKPOINTS_DIR) / (f"{name}-half-rate" if self.half_rate else name)
 
 
 class TrainingState(BaseModel):
@@ -95,6 +98,7 @@ class TrainingState(BaseModel):
         validation_loss: as last measured; None without validation.
         best_validation_loss: the lowest so far, as early stopping counts gains.
         measurements_without_gain: of the validation loss, since its last gain.
+        skipped_steps: how many steps in a row, up to this one, had no finite gradients and changed nothing.
         learning_rate_factor: 0.5 once the run went back because it diverged, before that 1.
         checkpoints: those that are kept, this one included, by step.
     """
@@ -109,8 +113,14 @@ class TrainingState(BaseModel):
     validation_loss: float | None = None
     best_validation_loss: float | None = None
     measurements_without_gain: int = 0
+    skipped_steps: int = 0
     learning_rate_factor: float = 1.0
     checkpoints: tuple[CheckpointMark, ...] = ()
+
+    @property
+    def changed_at_step(self) -> int:
+        """The last step that changed the weights; 0 if none has."""
+        return self.step - self.skipped_steps
 
 
 def split_kept(
@@ -147,7 +157,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that went back to before it
+    shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
 
 

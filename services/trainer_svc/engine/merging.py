@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer_svc.engine.adapters import load_adapters
-from trainer_svc.engine.artifact import MERGED_DIR
 from trainer_svc.engine.base_model import load_base_model
 from trainer_svc.engine.checkpoint import save_model
+from trainer_svc.engine.run_spec import MERGED_DIR
 
 
 def write_merged(adapter_dir: Path, base_model_dir: Path, dtype: torch.dtype) -> None:

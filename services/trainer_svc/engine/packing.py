@@ -9,6 +9,7 @@ Shapes: S tokens of a pack, T target tokens of a pack, L tokens of a row, H head
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ PACKED_ATTENTION = "tunery_packed"
 
 # A shorter prefix saves less than attending to it apart costs.
 _SHARED_FROM = 8
+
+# Of more groups, all have about the same size anyway.
+_EVENED_OUT = 32
 
 # Families whose attention is plain causal attention with nothing added (no sliding window, no soft cap,
 # no sinks), each held against transformers' own attention in tests/unit/engine/test_packing.py.
@@ -122,8 +126,9 @@ def group_rows(
     """Splits examples into few groups of about the same size; a row longer than `max_tokens` stands alone.
 
     The longest go first, each to where most room is (LPT: Graham 1969, Bounds on Multiprocessing Timing
-    Anomalies); then rows change places as long as that makes the largest group smaller. A small last group
-    would cost a pass over all weights for little, and where cores take a group each, the largest counts.
+    Anomalies); then, of few groups, rows change places as long as that makes the largest smaller. A small
+    last group would cost a pass over all weights for little, and where cores take a group each, the largest
+    counts.
 
     Args:
         examples: of one step.
@@ -140,25 +145,41 @@ def group_rows(
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     short = [length for length in lengths if length <= room]
     fewest = max(1, len(lengths) - len(short) + -(-sum(short) // max(room, 1)))
-    for num_groups in range(-(-fewest // multiple_of) * multiple_of, len(lengths) + 1, multiple_of):
-        groups: list[list[int]] = [[] for _ in range(num_groups)]
-        for index in longest_first:
-            min(groups, key=lambda group: sum(lengths[i] for i in group)).append(index)
-        _even_out(groups, lengths)
+    num_groups = -(-fewest // multiple_of) * multiple_of
+    while num_groups <= len(lengths):
+        groups = _longest_first(lengths, longest_first, num_groups)
+        if num_groups <= _EVENED_OUT:
+            _even_out(groups, lengths)
         if all(len(group) == 1 or sum(lengths[i] for i in group) <= room for group in groups):
             return [[examples[index] for index in group] for group in sorted(map(sorted, groups))]
+        # Of many groups one or two in a hundred more cost less than trying each number.
+        num_groups += multiple_of * (1 + num_groups // (64 * multiple_of))
     return [[example] for example in examples]
+
+
+def _longest_first(lengths: Sequence[int], order: Sequence[int], num_groups: int) -> list[list[int]]:
+    """Puts one row after the other into the smallest group, the first of equals."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    smallest_first = [(0, number) for number in range(num_groups)]  # is a heap
+    for index in order:
+        size, number = smallest_first[0]
+        groups[number].append(index)
+        heapq.heapreplace(smallest_first, (size + lengths[index], number))
+    return groups
 
 
 def _even_out(groups: list[list[int]], lengths: Sequence[int]) -> None:
     """Swaps rows of the largest group for shorter ones of another, the best swap first, while that helps."""
+    sizes = [sum(lengths[index] for index in group) for group in groups]
     while True:
-        sizes = [sum(lengths[index] for index in group) for group in groups]
         largest = sizes.index(max(sizes))
         best: tuple[int, int, int, int] | None = None
-        for other, group in enumerate(groups):
-            for here, there in itertools.product(range(len(groups[largest])), range(len(group))):
-                moved = lengths[groups[largest][here]] - lengths[group[there]]
+        places = [_first_places(group, lengths) for group in groups]
+        for other in range(len(groups)):
+            for (length, here), (shorter, there) in itertools.product(
+                places[largest].items(), places[other].items()
+            ):
+                moved = length - shorter
                 larger = max(sizes[largest] - moved, sizes[other] + moved)
                 if larger < sizes[largest] and (best is None or larger < best[0]):
                     best = (larger, other, here, there)
@@ -166,6 +187,16 @@ def _even_out(groups: list[list[int]], lengths: Sequence[int]) -> None:
             return
         _, other, here, there = best
         groups[largest][here], groups[other][there] = groups[other][there], groups[largest][here]
+        for number in (largest, other):
+            sizes[number] = sum(lengths[index] for index in groups[number])
+
+
+def _first_places(group: Sequence[int], lengths: Sequence[int]) -> dict[int, int]:
+    """Where each length is first in a group: rows of one length are as good as each other."""
+    places: dict[int, int] = {}
+    for place, index in enumerate(group):
+        places.setdefault(lengths[index], place)
+    return places
 
 
 def packed_attention(

@@ -6,6 +6,7 @@ bytes damaged on their way to the store and back.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer_svc.engine.adapters import load_adapters
-from trainer_svc.engine.artifact import MERGED_DIR
 from trainer_svc.engine.base_model import load_base_model
-from trainer_svc.engine.examples import Example, part_of
-from trainer_svc.engine.packing import make_pack
 from trainer_svc.engine.process_group import ProcessGroup
-from trainer_svc.engine.run_spec import LoraMethod, RunSpec
+from trainer_svc.engine.run_spec import MERGED_DIR, LoraMethod, RunSpec
 from trainer_svc.engine.setup import Workload
 
 # Largest relative difference of logits that is taken for rounding, by the coarsest number format on the way
 # (the products', or the stored weights'). A lost adapter or a wrong layer shows as far more.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 
 _NUM_ROWS = 4
 _ROW_TOKENS = 128
@@ -42,17 +40,23 @@ class Reference:
     """What the trained model says.
 
     Attributes:
-        rows: a few of the training rows, cut short.
+        rows: the first tokens of a few of the training rows, int64 [S] each.
         logits: for each row, float32 [S, V] on the CPU.
     """
 
-    rows: tuple[Example, ...]
+    rows: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether each row's logits are finite and differ: else training has diverged."""
+        return all(0 < _spread(logits_SV) < math.inf for logits_SV in self.logits)
 
 
 def reference_of(workload: Workload, group: ProcessGroup) -> Reference:
     """Has the trained model compute a few rows. Every process must call it where weights are sharded."""
-    rows = tuple(part_of(row, 0, _ROW_TOKENS) for row in workload.training.examples[:_NUM_ROWS])
+    # Whatever the targets: all that was trained shows in any token's logits.
+    rows = tuple(row.input_ids[:_ROW_TOKENS] for row in workload.training.examples[:_NUM_ROWS])
     return Reference(rows, _logits(workload.model, rows, workload.dtype, group.device, workload.packs_rows))
 
 
@@ -122,7 +126,7 @@ def _difference(
 
 def _logits(
     model: torch.nn.Module,
-    rows: Sequence[Example],
+    rows: Sequence[Tensor],
     dtype: torch.dtype,
     device: torch.device,
     packs_rows: bool,
@@ -130,15 +134,20 @@ def _logits(
     model.eval()
     found = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for row in rows:
-            pack = make_pack([row], device)
-            segments = {"segment_lengths": pack.segment_lengths} if packs_rows else {}
+        for row_S in rows:
+            ids_1S = row_S.unsqueeze(0).to(device)
+            positions_1S = torch.arange(len(row_S), device=device).unsqueeze(0)
+            segments = {"segment_lengths": (len(row_S),)} if packs_rows else {}
             logits_1SV = model(
-                input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **segments
+                input_ids=ids_1S, position_ids=positions_1S, use_cache=False, **segments
             ).logits
             found.append(logits_1SV.squeeze(0).float().cpu())
     return tuple(found)
 
 
 def _relative_difference(ours_SV: Tensor, theirs_SV: Tensor) -> float:
-    return float((ours_SV - theirs_SV).norm() / (theirs_SV - theirs_SV.mean()).norm())
+    return float((ours_SV - theirs_SV).norm()) / _spread(theirs_SV)
+
+
+def _spread(logits_SV: Tensor) -> float:
+    return float((logits_SV - logits_SV.mean()).norm())

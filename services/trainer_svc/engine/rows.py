@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from trainer_svc.engine.errors import JobFault
 
@@ -51,8 +61,15 @@ class TextRow(BaseModel):
 
 Row = DialogRow | TextRow
 
-_DIALOG = TypeAdapter(DialogRow)
-_TEXT = TypeAdapter(TextRow)
+
+def _kind(row: object) -> str:
+    # By the key rather than by trying both: then the errors speak of the kind that was meant.
+    return "dialog" if isinstance(row, dict) and "dialog" in row else "text"
+
+
+_ROW: TypeAdapter[Row] = TypeAdapter(
+    Annotated[Annotated[DialogRow, Tag("dialog")] | Annotated[TextRow, Tag("text")], Discriminator(_kind)]
+)
 
 
 def read_rows(path: Path) -> list[tuple[int, Row]]:
@@ -81,14 +98,11 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
 
 
 def _parse_row(line: str, where: str) -> Row:
-    adapter: TypeAdapter[DialogRow] | TypeAdapter[TextRow]
-    # By the key rather than by trying both: then the errors speak of the kind that was meant.
-    adapter = _DIALOG if '"dialog"' in line else _TEXT
     try:
-        return adapter.validate_json(line)
+        return _ROW.validate_json(line)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(str(part) for part in problem["loc"][1:])  # the first is the kind
         raise JobFault(
             f"{where}: {field + ': ' if field else ''}{problem['msg']}; expected "
             '{"dialog": [{"role": ..., "content": ...}, ...], "keep_loss": [...]} or {"text": ...}'

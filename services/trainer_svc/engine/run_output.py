@@ -20,6 +20,7 @@ from trainer_svc.engine.checkpoint import (
     take_snapshot,
     write_folder,
 )
+from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.merging import write_merged
 from trainer_svc.engine.parity import check_parity, reference_of, wait_for
@@ -28,6 +29,10 @@ from trainer_svc.engine.run_spec import RunSpec
 from trainer_svc.engine.setup import Workload
 
 LOGS_DIR = "logs"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 class RunOutput:
@@ -39,6 +44,7 @@ class RunOutput:
         self._events = events
         self._workload = workload
         self._writer = CheckpointWriter()
+        self._written: list[CheckpointMark] = []
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -60,9 +66,17 @@ class RunOutput:
             The state with the checkpoint in it, and without those that it replaces.
         """
         mark = CheckpointMark(
-            step=state.step, epoch=state.epoch, ends_epoch=ends_epoch, validation_loss=validation_loss
+            step=state.step,
+            epoch=state.epoch,
+            ends_epoch=ends_epoch,
+            validation_loss=validation_loss,
+            half_rate=state.learning_rate_factor < 1,
         )
-        kept, removed = split_kept((*state.checkpoints, mark), self._spec.extras.keep_checkpoints)
+        before = tuple(old for old in state.checkpoints if old.step < mark.step)
+        kept, removed = split_kept((*before, mark), self._spec.extras.keep_checkpoints)
+        # A run that went back comes by the same steps again.
+        removed += tuple(old for old in state.checkpoints if old.step >= mark.step)
+        self._written.append(mark)
         state = state.model_copy(update={"checkpoints": kept})
         snapshot = take_snapshot(self._workload.model, self._workload.optimizer, keep=self._group.is_first)
         if self._group.is_first:
@@ -78,16 +92,17 @@ class RunOutput:
         """Returns once the weights and the optimizer's state may be changed."""
         self._writer.wait_for_copy()
 
-    def newest_checkpoint(self, state: TrainingState) -> Path | None:
-        """Returns the folder of a run's last checkpoint, once it is written; None when there is none.
+    def checkpoint_to_go_back_to(self, state: TrainingState) -> Path | None:
+        """Returns the newest checkpoint from before the last change of the weights; None is the start.
 
-        Every process must call it.
+        A later one holds the very weights that gave no finite gradients. Every process must call it.
         """
         self.wait()
-        if not state.checkpoints:
-            return None
-        folder = self._spec.output_dir / state.checkpoints[-1].path
-        return folder if folder.exists() else self._spec.resume_from  # of a run before this one
+        for mark in reversed(self._written):
+            folder = self._spec.output_dir / mark.path
+            if mark.step < state.changed_at_step and folder.exists():
+                return folder
+        return self._spec.resume_from if self._workload.start.step < state.changed_at_step else None
 
     def _write_checkpoint(
         self,
@@ -116,17 +131,19 @@ class RunOutput:
             path=str(mark.path),
             tokens_trained=state.tokens_trained,
             epochs_completed=self._epochs_completed(state),
+            changed_at_step=state.changed_at_step,
             waited_seconds=round(waited_seconds, 4),
         )
         for old in removed:
             if not self._spec.leaves_removed_checkpoints:
                 shutil.rmtree(self._spec.output_dir / old.path, ignore_errors=True)
-            self._events.write(
-                "checkpoint_removed",
-                f"checkpoint of step {old.step} removed",
-                step=old.step,
-                path=str(old.path),
-            )
+            if old.step != mark.step:  # or it has been replaced
+                self._events.write(
+                    "checkpoint_removed",
+                    f"checkpoint of step {old.step} removed",
+                    step=old.step,
+                    path=str(old.path),
+                )
 
     def finish(self, state: TrainingState) -> None:
         """Writes the artifact, and holds it, as it was stored, against the trained model.
@@ -134,12 +151,19 @@ class RunOutput:
         Every process must call it.
 
         Raises:
+            JobFault: the last steps made the weights, or what comes of them, no numbers to go by.
             ParityError: the stored model is not the trained one.
         """
         spec, workload = self._spec, self._workload
         self._writer.wait()
         reference = reference_of(workload, self._group)
         snapshot = take_snapshot(workload.model, None, keep=self._group.is_first).copied()
+        is_sound = reference.is_sound and all(map(_is_finite, snapshot.weights.values()))
+        if self._group.largest(int(not is_sound)):
+            raise JobFault(
+                f"training diverged: after step {state.changed_at_step}, the model's weights or logits are "
+                "infinite, not numbers or all alike; lower learning_rate, or add warmup_steps"
+            )
         if self._group.is_first:
             write_folder(spec.output_dir / ARTIFACT_DIR, partial(self._fill_artifact, state, snapshot))
             self._events.write("artifact", "model written", path=ARTIFACT_DIR)

@@ -15,6 +15,8 @@ from trainer_svc.engine.errors import JobFault
 # The names that the engine itself writes into an artifact; a log file can't take one.
 _ARTIFACT_FILE_ENDINGS = (".safetensors", ".json", ".jinja", ".md", ".model")
 
+MERGED_DIR = "merged"  # in an artifact: the model with the adapter merged in
+
 # By device. Past this a pass's matrix products gain nothing, and its activations are what fills the memory.
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192}
 
@@ -101,7 +103,8 @@ class Extras(_Spec):
             None trains to the end.
         early_stopping_min_gain: the least fall of the validation loss that counts as a gain, in nats.
         max_non_finite_steps: so many steps in a row with an infinite loss or gradient send the run back to
-            its last checkpoint with half the learning rate, once; the next time they end it.
+            its newest checkpoint with other weights, with half the learning rate, once; the next time they
+            end it.
         report_every_steps: every so many steps, a step's event also has memory, padding and the share of the
             device's matrix peak.
         lora_dropout: probability of dropping an adapter's input, 0 to below 1.
@@ -246,6 +249,8 @@ class RunSpec(_Spec):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> RunSpec:
         check_together(self.method, self.extras, validates=self.validation_file is not None)
+        if self.extras.save_merged and self.train_log_file == MERGED_DIR:
+            raise ValueError(f"a log file can't be called {MERGED_DIR}, as the merged model's folder is")
         return self
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer_svc.engine.adapters import add_adapters, target_modules
 from trainer_svc.engine.base_model import compute_dtype, load_base_model
 from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_checkpoint, read_training_state
+from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import ExampleSet, load_examples
 from trainer_svc.engine.layers.speed_up import speed_up
@@ -68,16 +69,13 @@ class Workload:
     is_sharded: bool
 
 
-def prepare(
-    spec: RunSpec, group: ProcessGroup, events: EventLog, *, learning_rate_factor: float | None = None
-) -> Workload:
+def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     """Loads and builds everything, and logs what it found.
 
     Args:
         spec: the run's.
         group: the run's processes.
         events: gets the facts.
-        learning_rate_factor: None takes the checkpoint's.
 
     Raises:
         JobFault: the data, the base model or the method can't be trained with.
@@ -88,7 +86,12 @@ def prepare(
     # updates are smaller than bfloat16's steps.
     weights_dtype = dtype if isinstance(spec.method, LoraMethod) else torch.float32
     base = load_base_model(spec.base_model_dir, weights_dtype, group.device, spec.extras)
-    longest = min(spec.extras.max_sequence_length or base.context_length, base.context_length)
+    longest = spec.extras.max_sequence_length or base.context_length
+    if longest > base.context_length:
+        raise JobFault(
+            f"max_sequence_length is {longest:,}, but {spec.base_model_id} reads at most "
+            f"{base.context_length:,} tokens"
+        )
     training, validation = _load_data(spec, base.tokenizer, longest, events)
     # Every process makes the same adapters.
     torch.manual_seed(derived_seed(spec.seed, 0))
@@ -106,8 +109,6 @@ def prepare(
     optimizer = make_optimizer(model.parameters(), spec)
     plan = Plan.of(spec, len(training.examples), group.world_size)
     start = _start_state(spec, plan, training)
-    if learning_rate_factor is not None:
-        start = start.model_copy(update={"learning_rate_factor": learning_rate_factor})
     if spec.resume_from is not None:
         load_checkpoint(spec.resume_from, model, optimizer)
         events.log(f"resumed from step {start.step} (epoch {start.epoch})", step=start.step)

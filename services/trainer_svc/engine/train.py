@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 
 from trainer_svc.engine.artifact import ARTIFACT_DIR
-from trainer_svc.engine.checkpoint import TrainingState
+from trainer_svc.engine.checkpoint import CheckpointMark, TrainingState
 from trainer_svc.engine.device import make_deterministic, matrix_peak_flops, peak_memory_bytes
 from trainer_svc.engine.errors import Diverged, JobFault, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog, Subscriber, format_duration, plain_log
@@ -92,32 +93,55 @@ def train(spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:
                 tracked = start_wandb(spec)
                 cleanup.callback(tracked.finish)
                 events.subscribe(tracked.record)
-                place = (
-                    tracked.url or "offline, since WANDB_API_KEY isn't set; `wandb sync` uploads its files"
-                )
-                events.log(f"Weights & Biases: {place}", wandb_url=tracked.url)
-        again = _run(spec, group, events, prepare(spec, group, events))
-        if again is not None:
+                events.log(f"Weights & Biases: {tracked.place}", wandb_url=tracked.url)
+        way_back = _run(spec, group, events, prepare(spec, group, events))
+        if way_back is not None:
             # Prepared anew rather than rolled back: the same path as a resumed run's, which is tested.
-            workload = prepare(again, group, events, learning_rate_factor=0.5)
-            _run(again, group, events, workload)
+            spec = spec.model_copy(update={"resume_from": way_back.checkpoint})
+            workload = prepare(spec, group, events)
+            _run(spec, group, events, replace(workload, start=way_back.start(workload.start)), goes_back=True)
 
 
-def _run(spec: RunSpec, group: ProcessGroup, events: EventLog, workload: Workload) -> RunSpec | None:
-    """Runs to the end. Returns what to run instead, once, when the loss diverges."""
+@dataclass(frozen=True)
+class _WayBack:
+    """Where a run that diverged goes on from.
+
+    Attributes:
+        checkpoint: its folder; None is the start.
+        marks: the checkpoints that the run had.
+    """
+
+    checkpoint: Path | None
+    marks: tuple[CheckpointMark, ...]
+
+    def start(self, saved: TrainingState) -> TrainingState:
+        """The state to start with, in which the checkpoints of later steps are yet to be removed."""
+        marks = {mark.step: mark for mark in (*self.marks, *saved.checkpoints[-1:])}
+        checkpoints = tuple(marks[step] for step in sorted(marks))
+        return saved.model_copy(update={"learning_rate_factor": 0.5, "checkpoints": checkpoints})
+
+
+def _run(
+    spec: RunSpec, group: ProcessGroup, events: EventLog, workload: Workload, *, goes_back: bool = False
+) -> _WayBack | None:
+    """Runs to the end. Returns where to go on from, once, when the loss diverges."""
     output = RunOutput(spec, group, events, workload)
     loop = Loop(spec, group, events, workload, output)
     try:
+        if goes_back:
+            loop.keep_start()
         loop.run()
     except Diverged as error:
         if workload.start.learning_rate_factor < 1:
             raise JobFault(
                 f"{error}, with half the learning rate too; lower learning_rate, or add warmup_steps"
             ) from error
-        checkpoint = loop.newest_checkpoint
-        place = "the start" if checkpoint is None else f"the checkpoint in {checkpoint.name}"
+        way_back = loop.way_back()
+        place = (
+            "the start" if way_back.checkpoint is None else f"the checkpoint in {way_back.checkpoint.name}"
+        )
         events.log(f"{error}; the run goes back to {place}, with half the learning rate")
-        return spec.model_copy(update={"resume_from": checkpoint})
+        return way_back
     finally:
         output.close()
     return None
@@ -144,19 +168,29 @@ class Loop:
         self._progress = Progress()
         self._flops = FlopCounts.of(workload.model, workload.base)
         self._matrix_peak_flops = matrix_peak_flops(group.device, workload.dtype)
-        self._non_finite_steps = 0
         self._order: tuple[int, list[int]] = (0, [])
 
-    @property
-    def newest_checkpoint(self) -> Path | None:
-        """The folder of the last checkpoint, once it is written; None when there is none."""
-        return self._output.newest_checkpoint(self._state)
+    def way_back(self) -> _WayBack:
+        """Returns where to go back to, once all checkpoints are written. Every process must call it."""
+        return _WayBack(self._output.checkpoint_to_go_back_to(self._state), self._state.checkpoints)
+
+    def keep_start(self) -> None:
+        """Writes a checkpoint of the start in place of all from this step on.
+
+        So a run that is resumed from the newest goes on with half the learning rate, as this one does.
+        """
+        self._group.wait_for_all()  # until every process has read the one that is replaced
+        state = self._state
+        replaced = next((mark for mark in state.checkpoints if mark.step == state.step), None)
+        loss, ends_epoch = (replaced.validation_loss, replaced.ends_epoch) if replaced else (None, False)
+        self._state = self._output.checkpoint(state, loss, ends_epoch=ends_epoch)
 
     def run(self) -> None:
         """Trains to the end and writes the artifact.
 
         Raises:
             Diverged: too many steps in a row had no finite gradients.
+            JobFault: the weights that it ended with are of no use.
             Stopped: it was told to stop before the last step.
         """
         plan = self._workload.plan
@@ -166,10 +200,11 @@ class Loop:
                 self._after_step()
                 self._stop_if_told()
             if self._stops_early:
+                best = self._state.best_validation_loss
                 self._events.log(
                     f"stopped early after step {self._state.step}: the validation loss had no gain in "
                     f"{self._state.measurements_without_gain} measurements; its best was "
-                    f"{self._state.best_validation_loss:.4f}"
+                    f"{'no number' if best is None else f'{best:.4f}'}"
                 )
             self._output.finish(self._state)
 
@@ -205,13 +240,13 @@ class Loop:
                 "epoch": (step - 1) // plan.steps_per_epoch + 1,
                 "tokens_trained": self._state.tokens_trained + result.num_tokens,
                 "training_loss": result.loss if result.is_finite else self._state.training_loss,
+                "skipped_steps": 0 if result.is_finite else self._state.skipped_steps + 1,
             }
         )
         if result.is_finite:
-            self._non_finite_steps = 0
             self._report_step(result, learning_rate, rows)
         else:
-            self._count_non_finite(rows)
+            self._report_skipped(rows)
 
     def _step_rows(self, step: int) -> list[Example]:
         """The rows of a step, over all processes."""
@@ -257,7 +292,7 @@ class Loop:
             **facts,
         )
 
-    def _count_non_finite(self, rows: list[Example]) -> None:
+    def _report_skipped(self, rows: list[Example]) -> None:
         step = self._state.step
         lines = sorted(row.line_number for row in rows)
         listed = ", ".join(str(line) for line in lines[:_LISTED_ROWS])
@@ -268,9 +303,8 @@ class Loop:
             step=step,
             lines=lines[:_LISTED_ROWS],
         )
-        self._non_finite_steps += 1
         limit = self._spec.extras.max_non_finite_steps
-        if self._non_finite_steps >= limit:
+        if self._state.skipped_steps >= limit:
             raise Diverged(
                 f"the loss or its gradient was infinite or not a number in {limit} steps in a row, the last "
                 f"of them step {step}"
@@ -281,7 +315,9 @@ class Loop:
         ends_epoch = step % plan.steps_per_epoch == 0 or step == plan.total_steps
         measured = ends_epoch or _is_due(step, extras.eval_every_steps)
         loss = self._validate() if measured else None
-        if ends_epoch or self._stops_early or _is_due(step, extras.checkpoint_every_steps):
+        # Of a step that was skipped there is nothing new to keep.
+        is_due = self._state.skipped_steps == 0 and _is_due(step, extras.checkpoint_every_steps)
+        if ends_epoch or self._stops_early or is_due:
             self._state = self._output.checkpoint(
                 self._state, loss, ends_epoch=ends_epoch or self._stops_early
             )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import Subscriber
 from trainer_svc.engine.run_spec import RunSpec
+
+_INIT_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,21 @@ class WandbRun:
     Attributes:
         record: a subscriber for the event log.
         finish: ends the run; its files are complete afterwards.
+        place: where it is to be found, for people.
         url: the run's page; None offline.
     """
 
     record: Subscriber
     finish: Callable[[], None]
+    place: str
     url: str | None
 
 
 def start_wandb(spec: RunSpec) -> WandbRun:
     """Starts a run of `spec.wandb_project`.
 
-    Without WANDB_API_KEY in the environment the run is written to `output_dir/wandb` only, in the form that
-    `wandb sync` uploads later.
+    Without WANDB_API_KEY in the environment, or where the server can't be used, the run is written to
+    `output_dir/wandb` only, in the form that `wandb sync` uploads later.
 
     Raises:
         JobFault: the package isn't installed on this machine.
@@ -44,21 +48,36 @@ def start_wandb(spec: RunSpec) -> WandbRun:
             "the wandb logger was asked for, but wandb isn't installed on this trainer: "
             "its operator can run `pip install tunery[wandb]`"
         ) from error
-    has_key = bool(os.environ.get("WANDB_API_KEY"))
-    run = wandb.init(
-        project=spec.wandb_project,
-        dir=spec.output_dir,
-        mode="online" if has_key else "offline",
-        config=spec.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+
+    def start(mode: Literal["online", "offline"]) -> wandb.Run:
+        return wandb.init(
+            project=spec.wandb_project,
+            dir=spec.output_dir,
+            mode=mode,
+            config=spec.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS),
+        )
+
+    run, why_offline = None, "WANDB_API_KEY isn't set"
+    if os.environ.get("WANDB_API_KEY"):
+        try:
+            run = start("online")
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            why_offline = f"its server can't be used ({' '.join(str(error).split())})"
+    url = None if run is None else run.url
+    if run is None:
+        run = start("offline")
+    # wandb's own steps only rise, and those of a run that goes back don't.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
 
     def record(event: dict[str, Any]) -> None:
         match event["kind"]:
             case "step":
                 keys = ("loss", "learning_rate", "tokens_per_second", "grad_norm", "epoch")
-                run.log({f"train/{key}": event[key] for key in keys}, step=event["step"])
+                run.log({"step": event["step"]} | {f"train/{key}": event[key] for key in keys})
             case "validation":
-                run.log({"validation/loss": event["loss"]}, step=event["step"])
+                run.log({"step": event["step"], "validation/loss": event["loss"]})
 
-    return WandbRun(record, run.finish, run.url if has_key else None)
+    place = url or f"offline, since {why_offline}; `wandb sync` uploads its files"
+    return WandbRun(record, run.finish, place, url)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf import json_format
 
 from tests.conftest import wait_until
 from trainer_svc.event_spool import SPOOL_FILE
-from tunery.job.v1 import job_pb2, job_service_pb2
+from tunery.job.v1 import fine_tuning_service_pb2, job_pb2, job_service_pb2
 
 from .conftest import Metadata, Services, own_services
 
@@ -120,3 +121,42 @@ async def test_what_was_trained_while_job_svc_was_away_survives_the_trainers_dea
     assert resumed_from == max(
         int(event["data"]["step"]) for event in spooled if event["kind"] == "checkpoint"
     )
+
+
+async def test_a_run_that_diverges_takes_its_spoilt_checkpoints_back(
+    own: Services, tmp_path: Path, models_dir: Path
+) -> None:
+    account = own.account()
+    message = {"role": "assistant", "content": "a few words"}
+    dataset = await own.upload(account, (json.dumps({"dialog": [message]}) + "\n") * 2, "rows.jsonl")
+    config = json_format.ParseDict(
+        {
+            "model": "tunery-tiny",
+            "data": f"dataset://{dataset.id}",
+            "fine_tuning_options": {
+                "n_epochs": 3,
+                "batch_size": 1,
+                "lr": 1e30,
+                "extras": {"checkpoint_every_steps": 1, "max_non_finite_steps": 2},
+            },
+        },
+        fine_tuning_service_pb2.Config(),
+    )
+    with own.running("job_svc", tmp_path), trainer(own, tmp_path, models_dir):
+        submitted = await own.fine_tuning.SubmitJob(config, metadata=account)
+        job = job_pb2.Job(id=submitted.job_id)
+        log = [record.message async for record in log_of(own, account, job)]
+    told = [line for line in log if line.startswith(("checkpoint", "job failed"))]
+    assert told[:-1] == [
+        "checkpoint of step 1 stored",
+        "checkpoint of epoch 1 stored",
+        "checkpoint of step 1 removed",
+        # It goes back to the start: what it has stored since has the spoilt weights.
+        "checkpoint of step 0 stored",
+        "checkpoint of step 2 removed",
+        "checkpoint of step 1 stored",
+        "checkpoint of step 0 removed",
+        "checkpoint of epoch 1 stored",
+        "checkpoint of step 1 removed",
+    ]
+    assert "with half the learning rate too; lower learning_rate" in told[-1]

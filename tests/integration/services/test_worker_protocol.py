@@ -338,6 +338,17 @@ async def test_no_text_of_a_user_makes_a_line_of_its_own(services: Services) -> 
     assert all(message.isprintable() for message in messages)
 
 
+async def test_a_run_on_weights_and_biases_is_where_its_log_is(services: Services) -> None:
+    account = services.account()
+    job = await services.new_job(account, epochs=2)
+    lease = await lease_of(services, job, new_id("trainer"))
+    url = "https://wandb.test/tests/runs/1"
+    await report(services, lease, event(lease.next_seq, wandb_url=url), event(lease.next_seq + 1))
+    request = fine_tuning_service_pb2.GetJobStatusRequest(job_id=job.id)
+    assert (await services.fine_tuning.GetJobStatus(request, metadata=account)).logs == url
+    await end(services, lease, completed=completed(lease))
+
+
 async def test_counts_beyond_what_messages_hold_do_no_harm(services: Services) -> None:
     account = services.account()
     job = await services.new_job(account, epochs=2**31 - 1)

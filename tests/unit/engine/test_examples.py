@@ -10,7 +10,7 @@ import pytest
 from trainer_svc.engine.base_model import BaseModel
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.examples import load_examples, tokenize_row
-from trainer_svc.engine.rows import DialogRow, TextRow
+from trainer_svc.engine.rows import DialogRow, TextRow, read_rows
 
 
 def marked(row: DialogRow | TextRow, tiny: BaseModel) -> str:
@@ -133,6 +133,12 @@ def test_template_that_refuses(tiny: BaseModel) -> None:
 
 
 GOOD = {"text": "good"}
+
+
+def test_a_text_may_speak_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "dialog"}\n{"text": "the key \\"dialog\\""}\n')
+    assert [row for _, row in read_rows(path)] == [TextRow(text="dialog"), TextRow(text='the key "dialog"')]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,11 @@ def test_long_rows_are_split(tiny: BaseModel, tmp_path: Path) -> None:
     assert short.line_number == 2
 
 
+def test_rows_longer_than_the_context_are_refused(run: Any) -> None:
+    with pytest.raises(JobFault, match="max_sequence_length is 2,049, but tunery-tiny reads at most 2,048"):
+        run("out", {"max_sequence_length": 2049})
+
+
 def test_measures_and_checkpoints_between_the_epochs(run: Any, rows_file: Path) -> None:
     extras = {"eval_every_steps": 3, "checkpoint_every_steps": 2}
     events = run("out", extras, validation_file=rows_file)

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.layers import projection, segment_attention
 from trainer_svc.engine.layers import speed_up as speed_up_module
+from trainer_svc.engine.layers.linear_cross_entropy import summed_cross_entropy
 from trainer_svc.engine.layers.packed_weight import PackedWeight
+from trainer_svc.engine.layers.projection import Projection
 from trainer_svc.engine.layers.speed_up import is_fast, speed_up
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, make_pack
@@ -356,14 +358,33 @@ def test_rows_never_see_each_other() -> None:
 
 def test_likely_targets_keep_their_digits_in_bfloat16() -> None:
     """A loss far below bfloat16's steps around one is still told, and still has a gradient."""
-    from trainer_svc.engine.layers.linear_cross_entropy import _loss_and_gradient
+    from trainer_svc.engine.layers.linear_cross_entropy import _losses_and_gradient
 
     logits = torch.zeros(1, 100, dtype=torch.bfloat16)
     logits[0, 7] = 16.0
     expected = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([7]))
-    loss, gradient = _loss_and_gradient(logits.clone(), torch.tensor([7]))
+    loss, gradient = _losses_and_gradient(logits.clone(), torch.tensor([7]))
     assert float(loss) == pytest.approx(float(expected), rel=1e-2)
     assert float(gradient[0, 7]) == pytest.approx(-float(expected), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_beyond_the_smallest_probability_have_their_loss(dtype: torch.dtype) -> None:
+    labels = torch.tensor([0, 1, 2, 3])
+    logits = torch.zeros(6, 100)
+    logits[:, 50] = torch.tensor([10.0, 88.0, 90.0, 400.0, 400.0, 0.0])  # the last two are filling
+    head = nn.Linear(100, 100, bias=False)
+    head.weight.data = torch.eye(100)
+    hidden = logits.to(dtype, copy=True).requires_grad_()
+    loss = summed_cross_entropy(hidden, labels, Projection([head]), (head.weight,), dtype)
+    loss.backward()
+    expected_hidden = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(expected_hidden[:4], labels, reduction="sum")
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+    assert hidden.grad is not None
+    assert expected_hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.float(), expected_hidden.grad, rtol=1e-2, atol=1e-4)
 
 
 def test_no_targets() -> None:

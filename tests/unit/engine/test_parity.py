@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trainer_svc.engine import parity
+from trainer_svc.engine.base_model import BaseModel
 from trainer_svc.engine.parity import TOLERANCE, ParityError
 from trainer_svc.engine.run_spec import RunSpec
 
@@ -73,6 +75,15 @@ def test_what_was_stored_says_what_was_trained(
     assert difference < (1e-5 if dtype == "float32" else 2e-2)
 
 
+def test_a_base_model_in_float64_is_checked_too(
+    make_spec: MakeSpec, run_engine: Any, tiny: BaseModel, tmp_path: Path
+) -> None:
+    tiny.model.double().save_pretrained(tmp_path / "float64")
+    tiny.tokenizer.save_pretrained(tmp_path / "float64")
+    run = run_engine(make_spec(base_model_dir=tmp_path / "float64", method=FULL, epochs=1))
+    assert run.of_kind("finished")[0]["parity_difference"] < 1e-5
+
+
 def damage_file(folder: Path) -> None:
     [file] = folder.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
@@ -103,6 +114,25 @@ def test_damage_on_the_way_ends_the_run(
 ) -> None:
     spec = make_spec(method=method, readback_dir=tmp_path / "readback")
     store_and_read_back(spec, change)
+    with pytest.raises(ParityError, match="stored model"):
+        run_engine(spec)
+
+
+def test_long_prompts_hide_no_damage(
+    make_spec: MakeSpec, run_engine: Any, store_and_read_back: Any, tmp_path: Path
+) -> None:
+    """No target is among the tokens that are compared."""
+    prompt = "What colour is the large old house over there? " * 20
+    dialog = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "It is red"}]
+    rows_file = tmp_path / "long.jsonl"
+    rows_file.write_text((json.dumps({"dialog": dialog}) + "\n") * 4)
+    spec = make_spec(
+        training_file=rows_file,
+        epochs=6,
+        method={"kind": "lora", "attn_modules": ["q_proj", "k_proj"]},
+        readback_dir=tmp_path / "readback",
+    )
+    store_and_read_back(spec, change_weights(torch.zeros_like))
     with pytest.raises(ParityError, match="stored model"):
         run_engine(spec)
 

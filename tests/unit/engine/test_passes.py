@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
+from random import Random
 
 import pytest
 import torch
@@ -137,6 +140,60 @@ def test_groups(
         sorted(lengths[i] for i in g) for g in expected
     )
     assert places == sorted(places)
+
+
+def groups_one_by_one(lengths: Sequence[int], room: int, multiple_of: int) -> list[list[int]]:
+    """What `group_rows` does, in so many words."""
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    short = [length for length in lengths if length <= room]
+    fewest = max(1, len(lengths) - len(short) + math.ceil(sum(short) / max(room, 1)))
+
+    def size(group: list[int]) -> int:
+        return sum(lengths[index] for index in group)
+
+    for count in range(math.ceil(fewest / multiple_of) * multiple_of, len(lengths) + 1, multiple_of):
+        groups: list[list[int]] = [[] for _ in range(count)]
+        for index in longest_first:
+            min(groups, key=size).append(index)
+        while True:
+            largest = max(groups, key=size)
+            swaps = [
+                (max(size(largest) - moved, size(group) + moved), other, here, there)
+                for other, group in enumerate(groups)
+                for here, there in itertools.product(range(len(largest)), range(len(group)))
+                if (moved := lengths[largest[here]] - lengths[group[there]]) > 0
+            ]
+            if not swaps or min(swaps)[0] >= size(largest):
+                break
+            _, other, here, there = min(swaps)
+            largest[here], groups[other][there] = groups[other][there], largest[here]
+        if all(len(group) == 1 or size(group) <= room for group in groups):
+            return sorted(map(sorted, groups))
+    return [[index] for index in range(len(lengths))]
+
+
+def test_groups_are_those_of_the_plain_way() -> None:
+    random = Random(3)
+    for _ in range(300):
+        lengths = [random.randint(1, random.choice((5, 40))) for _ in range(random.randint(1, 30))]
+        max_tokens, multiple_of = random.randint(0, 90), random.randint(1, 4)
+        # The last token is a target, which isn't read.
+        examples = make_examples(*(length + 1 for length in lengths))
+        numbers = {id(example): number for number, example in enumerate(examples)}
+        groups = group_rows(examples, max_tokens, multiple_of)
+        assert [[numbers[id(example)] for example in group] for group in groups] == groups_one_by_one(
+            lengths, max_tokens, multiple_of
+        )
+
+
+@pytest.mark.parametrize(("max_tokens", "multiple_of"), [(1024, 2), (8192, 1), (300, 2), (0, 1)])
+def test_many_rows_are_grouped_in_no_time(max_tokens: int, multiple_of: int) -> None:
+    random = Random(3)
+    examples = make_examples(*(random.randint(20, 400) for _ in range(8192)))
+    started_at = time.process_time()
+    groups = group_rows(examples, max_tokens, multiple_of)
+    assert time.process_time() - started_at < 2  # where a minute went once
+    assert sum(map(len, groups)) == 8192
 
 
 def test_groups_count_a_shared_prefix_once() -> None:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tests.unit.engine.conftest import Run, read_run
 from tests.unit.engine.ranks import run_ranks
 from trainer_svc.engine.checkpoint import CheckpointError, CheckpointMark, split_kept
+from trainer_svc.engine.layers import projection
+from trainer_svc.engine.layers.packed_weight import PackedWeight, can_be_packed
 from trainer_svc.engine.run_spec import RunSpec
 
 MakeSpec = Callable[..., RunSpec]
@@ -50,6 +52,32 @@ def test_resume_is_bit_for_bit(
         make_spec("resumed", **changes, resume_from=whole.output_dir / "checkpoints" / "epoch-1")
     )
     assert resumed.losses == whole.losses[4:]
+    assert_same_end(resumed, whole)
+
+
+def test_packed_weights_give_the_same_bits_again_and_after_a_resume(
+    make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without dropout, bfloat16's frozen weights are packed for the processor's own products."""
+    products = 0
+
+    class Counted(PackedWeight):
+        def times(self, *arguments: Any) -> torch.Tensor:
+            nonlocal products
+            products += 1
+            return super().times(*arguments)
+
+    monkeypatch.setattr(projection, "PackedWeight", Counted)
+    extras = {"dtype": "bfloat16", "checkpoint_every_steps": 1, "keep_checkpoints": 9}
+    changes = {"method": {"kind": "lora", "apply_to_mlp": True}, "extras": extras}
+    whole = run_engine(make_spec("whole", **changes))
+    assert (products > 0) is can_be_packed(torch.zeros(1, 1, dtype=torch.bfloat16))
+    again = run_engine(make_spec("again", **changes))
+    assert again.losses == whole.losses
+    assert_same_end(again, whole)
+    resume_from = whole.output_dir / "checkpoints" / "step-6"
+    resumed = run_engine(make_spec("resumed", **changes, resume_from=resume_from))
+    assert resumed.losses == whole.losses[6:]
     assert_same_end(resumed, whole)
 
 

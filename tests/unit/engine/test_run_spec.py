@@ -25,6 +25,7 @@ MakeSpec = Callable[..., RunSpec]
         {"epochs": 0},
         {"train_log_file": "../log"},
         {"train_log_file": "adapter_config.json"},
+        {"train_log_file": "merged", "extras": {"save_merged": True}},
         {"method": {"kind": "lora", "rank": 0}},
         {"method": {"kind": "lora", "attn_modules": []}},
         {"method": {"kind": "other"}},

@@ -71,11 +71,32 @@ def test_gpus_share_the_work_and_cores_do_not() -> None:
     assert cost_of(two, COUNTS, on_gpus).seconds < cost_of(two, COUNTS, PROBE).seconds
 
 
+TWO = {"torchrun_arguments": ["--nproc_per_node=2"]}
+FULL = {"method": {"kind": "full"}}
+
+
 def test_shards_halve_the_weights_memory() -> None:
-    full = {"method": {"kind": "full"}}
-    one = cost_of(run(**full), COUNTS, PROBE).memory_bytes
-    two = cost_of(run(**full, torchrun_arguments=["--nproc_per_node=2"]), COUNTS, PROBE).memory_bytes
+    on_gpus = PROBE | {"device": "NVIDIA H100"}
+    one = cost_of(run(**FULL), COUNTS, on_gpus).memory_bytes
+    two = cost_of(run(**FULL, **TWO), COUNTS, on_gpus).memory_bytes
     assert one - two == pytest.approx(GIB / 2)
+
+
+def test_processes_on_one_processor_share_its_memory() -> None:
+    activations = 800 * 2**20
+    assert cost_of(run(**TWO), COUNTS, PROBE).memory_bytes == pytest.approx(2 * (GIB + activations))
+    # The shards add up to the whole.
+    assert cost_of(run(**FULL, **TWO), COUNTS, PROBE).memory_bytes == pytest.approx(GIB + 2 * activations)
+    told = why(PROBE, torchrun_arguments=["--nproc_per_node=8"])
+    assert told is not None
+    assert "needs about 14.2 GiB" in told
+    assert "fewer processes, by --nproc_per_node" in told
+
+
+def test_weights_in_4_bits_are_not_refused_by_what_the_whole_ones_take() -> None:
+    large = PROBE | {"base_memory_bytes": 20.0 * GIB}
+    assert why(large) is not None
+    assert why(large, extras={"quantize_base": "nf4"}) is None
 
 
 def why(probe: dict[str, Any], **changes: Any) -> str | None:

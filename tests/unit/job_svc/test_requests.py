@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from job_svc.config_request import ConfigBody
+from job_svc.config_request import LONGEST_METADATA_BYTES, ConfigBody
 from job_svc.credits import Price, estimate_tokens
 from job_svc.csv_job_request import CsvJobBody
 from job_svc.job_state import ENDED, LIVE, SUCCESSORS, JobStatus
-from job_svc.jobs import planned_tokens
+from job_svc.jobs import check_fit, planned_tokens
 from job_svc.torchrun_overrides import parse_overrides
+from svc_kit.catalog import load_catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import validate
 from trainer_svc.engine.run_spec import RunSpec
@@ -22,6 +25,8 @@ from trainer_svc.engine.run_spec import RunSpec
         ("--nproc_per_node 2", ["--nproc_per_node=2"]),
         ("--nproc-per-node=2 --max-restarts 0", ["--nproc_per_node=2", "--max_restarts=0"]),
         ("  --nnodes  '1'  ", ["--nnodes=1"]),
+        ("--rdzv-endpoint=localhost:65535", ["--rdzv_endpoint=localhost:65535"]),
+        ("--rdzv_conf timeout=1,join_timeout=300", ["--rdzv_conf=timeout=1,join_timeout=300"]),
     ],
 )
 def test_allowed_overrides_are_read(text: str, options: list[str]) -> None:
@@ -50,6 +55,18 @@ def test_allowed_overrides_are_read(text: str, options: list[str]) -> None:
         "; rm -rf /",
         "'--nproc_per_node 2",
         "--nproc_per_node $(id)",
+        "__nproc_per_node=2",
+        "_-nproc_per_node=2",
+        "-nproc_per_node=2",
+        "---nproc_per_node=2",
+        "--rdzv_endpoint=localhost",
+        "--rdzv_endpoint=localhost:",
+        "--rdzv_endpoint=localhost:0",
+        "--rdzv_endpoint=localhost:65536",
+        "--rdzv_endpoint=localhost:٣٤",
+        "--rdzv_conf=timeout=٣",
+        "--rdzv_conf=timeout=3,join_timeout=0",
+        "--nnodes=1" + " " * 5000,
     ],
 )
 def test_other_overrides_are_refused(text: str) -> None:
@@ -81,6 +98,38 @@ def test_every_request_is_a_run_that_the_engine_takes(kind: str) -> None:
         for service_only in ("base_model", "torchrun_arguments"):
             del run[service_only]
         RunSpec.model_validate({**run, "training_file": "/t", "output_dir": "/o"})
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {"model": "m", "data": "dataset://x", **changes}
+
+
+def test_null_extras_are_the_defaults() -> None:
+    sent = config(fine_tuning_options={"extras": {"eval_every_steps": None, "dtype": "float32"}})
+    assert validate(ConfigBody, sent).plan(sent).run["extras"] == {"dtype": "float32"}
+    wrong = config(fine_tuning_options={"extras": {"dtype": None}})
+    with pytest.raises(InvalidRequest, match=r"fine_tuning_options\.extras\.dtype"):
+        validate(ConfigBody, wrong).plan(wrong)
+
+
+def test_rows_longer_than_the_context_are_refused() -> None:
+    for length in (2048, 2049):
+        sent = config(fine_tuning_options={"extras": {"max_sequence_length": length}})
+        plan = validate(ConfigBody, sent).plan(sent)
+        tiny = load_catalog().get("tunery-tiny")
+        if length == 2048:
+            check_fit(plan, tiny)
+        else:
+            with pytest.raises(InvalidRequest, match=r"`max_sequence_length` is 2,049, .* at most 2,048"):
+                check_fit(plan, tiny)
+
+
+def test_long_texts_are_refused_with_the_limit() -> None:
+    validate(ConfigBody, config(metadata={"a": "é" * (LONGEST_METADATA_BYTES // 2 - 5)}))
+    with pytest.raises(InvalidRequest, match=r"`metadata`: its JSON has 16,\d+ bytes, and 16,384 is"):
+        validate(ConfigBody, config(metadata={"a": "é" * (LONGEST_METADATA_BYTES // 2)}))
+    with pytest.raises(InvalidRequest, match=r"`overrides` has 1,000,000 characters, and 4,096 is"):
+        parse_overrides("a " * 500_000)
 
 
 def test_max_steps_lowers_the_estimate() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 from trainer_svc.engine.layers.projection import Projection
 
@@ -64,9 +65,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = max(rows - rows % _ROWS_MULTIPLE, _ROWS_MULTIPLE)
         for start in range(0, len(hidden_TD), rows):
             hidden_CD = hidden_TD[start : start + rows]
+            labels_C = labels_T[start : start + rows]
             logits_CV, low_CR = head.apply(hidden_CD, weights)
-            part_loss, grad_CV = _loss_and_gradient(logits_CV, labels_T[start : start + rows])
-            loss += part_loss
+            loss_C, grad_CV = _losses_and_gradient(logits_CV, labels_C)
+            # The target's probability is too small for the format, and its logit is gone by now.
+            if (is_lost_C := loss_C.isposinf()).any():
+                lost_CV, _ = head.apply(hidden_CD[: len(labels_C)][is_lost_C], weights)
+                loss_C[is_lost_C] = cross_entropy(lost_CV.float(), labels_C[is_lost_C], reduction="none")
+            loss += loss_C.sum()
             if grad_TD is None:
                 continue
             grad_CD, new = head.backward(grad_CV, hidden_CD, low_CR, weights, needs=needs, needs_input=True)
@@ -88,12 +94,13 @@ def _sum(old: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more if old is None or more is None else old.add_(more)
 
 
-def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient by the logits, which takes the logits' place in memory.
+def _losses_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses, and their sum's gradient by the logits, which takes the logits' place in memory.
 
     Probabilities come in the logits' format, which may have eight bits. So a likely target's loss and
     gradient are taken from the sum of all others' probabilities: one minus its own would be mere rounding.
-    Logits beyond the labels are filling, whose gradient is zero.
+    Logits beyond the labels are filling, whose gradient is zero. A target whose probability is below the
+    format's smallest (by about e^-88) has an infinite loss.
     """
     # In place is right on the CPU only, where a row is read before it's written.
     out = logits_CV if logits_CV.device.type == "cpu" else None
@@ -107,4 +114,5 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Ten
     gradient_CV[targets] = -others_C.to(gradient_CV.dtype)
     gradient_CV[len(labels_C) :] = 0
     loss_C = torch.where(others_C < 0.5, -torch.log1p(-others_C.clamp(max=0.5)), -target_C.log())
-    return loss_C.sum(), gradient_CV
+    loss_C[target_C < torch.finfo(gradient_CV.dtype).tiny] = torch.inf
+    return loss_C, gradient_CV
