@@ -272,7 +272,8 @@ def _check_extras(extras: dict[str, Any]) -> Extras:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in ("fine_tuning_options.extras", *first["loc"]))
-        message = f"`{path}`: {first['msg']}, but it is {first['input']!r}."
+        told = first["msg"].removeprefix("Value error, ")
+        message = f"`{path}`: {told}, but it is {json.dumps(first['input'], ensure_ascii=False)[:200]}."
         raise InvalidRequest(message, field=path) from error
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Attempt:
         self._process: RunProcess | None = None
         self._output_dir = folder  # each run of the engine has one of its own below it
         self._checkpoints: list[tuple[int, Path]] = []  # steps and folders: stored, and still on the disk
-        self._transfers: list[asyncio.Task[None]] = []
+        self._transfers: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
 
     async def run(self) -> None:
         """Trains the job and ends the attempt at job_svc.
@@ -113,7 +113,8 @@ class Attempt:
     async def _train_while_leased(self) -> worker_pb2.Completed | RunFailed | RunStopped | None:
         """Returns what came of the run; None when the lease was lost."""
         training = asyncio.create_task(self._train())
-        keepers = [asyncio.create_task(self._renew()), asyncio.create_task(self._reporter.run())]
+        keeping = (self._renew(), self._reporter.run(), self._transfer_in_turn())
+        keepers = [asyncio.create_task(work) for work in keeping]
         try:
             done, _ = await asyncio.wait([training, *keepers], return_when=asyncio.FIRST_COMPLETED)
             finished = done.pop()
@@ -139,9 +140,9 @@ class Attempt:
             return RunFailed(f"the trainer failed ({type(error).__name__}: {error})", "platform")
         finally:
             await self._stop()  # first of all: what follows may wait for a transfer's end
-            for task in (training, *keepers, *self._transfers):
+            for task in (training, *keepers):
                 task.cancel()
-            await asyncio.gather(training, *keepers, *self._transfers, return_exceptions=True)
+            await asyncio.gather(training, *keepers, return_exceptions=True)
 
     async def _renew(self) -> None:
         request = worker_pb2.RenewLeaseRequest(job_id=self._lease.job_id, lease_token=self._lease.lease_token)
@@ -219,9 +220,9 @@ class Attempt:
                     await self._settle()
                     raise RunFailed(event["message"], event["fault"])
                 case "checkpoint":
-                    self._transfer(self._store_checkpoint(event))
+                    self._transfers.put_nowait(partial(self._store_checkpoint, event))
                 case "checkpoint_removed":
-                    self._transfer(self._remove_checkpoint(event))
+                    self._transfers.put_nowait(partial(self._remove_checkpoint, event))
                 case "artifact":
                     await self._store_model(event)
                 case _:
@@ -238,20 +239,16 @@ class Attempt:
         await self._settle()
         raise RunFailed(f"the training process died: {self._process.last_words()}", "platform")
 
-    def _transfer(self, transfer: Coroutine[Any, Any, None]) -> None:
-        """Starts a transfer to the store once those before it are done."""
-        former = self._transfers[-1] if self._transfers else None
-
-        async def in_turn() -> None:
-            if former is not None:
-                await former
-            await transfer
-
-        self._transfers.append(asyncio.create_task(in_turn()))
+    async def _transfer_in_turn(self) -> None:
+        """Brings to the store what the run writes while it goes on. One that fails ends the attempt."""
+        while True:
+            transfer = await self._transfers.get()
+            await transfer()
+            self._transfers.task_done()
 
     async def _settle(self) -> None:
         """Waits until what the run wrote is stored and reported, its checkpoints included."""
-        await asyncio.gather(*self._transfers)
+        await self._transfers.join()
         await self._store_wandb()
         await self._reporter.drained()
 
@@ -367,7 +364,7 @@ class Attempt:
 
     async def _store_model(self, event: dict[str, Any]) -> None:
         """Stores the model, and reads it back for the engine to hold it against what it trained."""
-        await asyncio.gather(*self._transfers)
+        await self._transfers.join()
         await self._put_folder(self._artifact_prefix, self._output_dir / event["path"])
         self._reporter.add(
             "deploying", "model stored, and now checked", None, {"object_prefix": self._artifact_prefix}

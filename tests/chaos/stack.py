@@ -173,8 +173,8 @@ class ChaosStack:
             "OMP_NUM_THREADS": "1",  # the model is so small that threads only wait for each other
             **variables,
         }
-        if self.postgresql:
-            self._variables["TUNERY_DATABASE_URL"] = self.postgresql.url
+        # Empty is a file for each service, whatever database the tests are told to run on.
+        self._variables["TUNERY_DATABASE_URL"] = self.postgresql.url if self.postgresql else ""
         if "tmp" in self.disks:
             self._variables["TMPDIR"] = str(self.disks["tmp"].folder)
         if self._clock:

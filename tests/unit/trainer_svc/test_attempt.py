@@ -1,12 +1,16 @@
-"""Which checkpoints stay on a trainer's disk."""
+"""Which checkpoints stay on a trainer's disk, and what becomes of one that can't be stored."""
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from trainer_svc.attempt import with_newest
+from trainer_svc.attempt import Attempt, with_newest
+from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,27 @@ def test_what_the_engine_may_go_back_to_is_kept(
     found = with_newest(old, step, newest, changed_at_step)
     assert [each for each, _ in found] == kept
     assert found[-1] == (step, newest)
+
+
+async def test_a_checkpoint_that_can_not_be_stored_ends_the_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not only when the run is done."""
+    store = Mock(put_folder=AsyncMock(side_effect=ValueError("no such bucket")))
+    lease = worker_pb2.Lease(job_id="job-a", lease_token="lease-a", lease_seconds=60)
+    client = AsyncMock()
+    attempt = Attempt(lease, client, store, Mock(), tmp_path, Mock(), tmp_path / "run", 1)
+
+    async def train() -> worker_pb2.Completed:
+        attempt._transfers.put_nowait(partial(attempt._store_checkpoint, {"path": "checkpoints/epoch-1"}))
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(attempt, "_train", train)
+
+    async with asyncio.timeout(20):
+        await attempt.run()
+
+    failed = client.end_attempt.call_args.kwargs["failed"]
+    assert failed.fault == "platform"
+    assert "no such bucket" in failed.message
