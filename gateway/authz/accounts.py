@@ -26,6 +26,7 @@ from svc_kit.ids import new_id
 LOOKUP_SECONDS = 4.0
 # Services take a token for the whole of a call's start, queueing included.
 MIN_TOKEN_SECONDS = 30.0
+_CLOCK_WAS_SET_SECONDS = 2.0
 _MAX_CACHED = 10_000
 MAX_NAME_CHARS = 100
 MAX_KEYS = 100
@@ -71,6 +72,15 @@ class Admission:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Token:
+    """A token that was made: when it ends, and by how much the wall clock was ahead of the other then."""
+
+    text: str
+    ends: float
+    lead: float
+
+
 class Accounts:
     """Lets keys in, makes accounts and their keys.
 
@@ -83,19 +93,22 @@ class Accounts:
         issuer: Issuer,
         credit_accounts: CreditAccounts,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Args:
         repository: the store.
         issuer: vouches for accounts.
         credit_accounts: job_svc, or what stands for it.
         clock: seconds that only go up.
+        wall_clock: seconds since 1970, which tokens' times are in; it may be set.
         """
         self._repository = repository
         self._issuer = issuer
         self._credit_accounts = credit_accounts
         self._clock = clock
+        self._wall_clock = wall_clock
         self._found: dict[str, tuple[ApiKey, float]] = {}
-        self._tokens: dict[ApiKey, tuple[str, float]] = {}
+        self._tokens: dict[ApiKey, _Token] = {}
 
     async def admit(self, api_key: str) -> Admission:
         """Returns whom a key stands for.
@@ -124,16 +137,17 @@ class Accounts:
         return key, now
 
     def _token(self, key: ApiKey) -> str:
-        now = self._clock()
-        token, ends = self._tokens.get(key, ("", -math.inf))
-        if ends - now > MIN_TOKEN_SECONDS:
-            return token
-        token = self._issuer.issue(key.account_id, key.scopes, key.id)
+        now, lead = self._clock(), self._wall_clock() - self._clock()
+        token = self._tokens.get(key)
+        # Once the wall clock was set, what was made before is expired, or not yet good.
+        if token and token.ends - now > MIN_TOKEN_SECONDS and abs(token.lead - lead) < _CLOCK_WAS_SET_SECONDS:
+            return token.text
+        text = self._issuer.issue(key.account_id, key.scopes, key.id)
         self._tokens.pop(key, None)
         _make_room(self._tokens)
         # A token's times are whole seconds, rounded down.
-        self._tokens[key] = (token, now + TOKEN_SECONDS - 1)
-        return token
+        self._tokens[key] = _Token(text, now + TOKEN_SECONDS - 1, lead)
+        return text
 
     async def create(self, caller: Identity, name: str, credits: float | None) -> NewAccount:
         """Makes an account with one key.

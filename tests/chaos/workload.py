@@ -16,7 +16,7 @@ import httpx
 
 from tests.chaos.stack import ChaosStack
 from tests.integration.tunery.running import wait_for
-from tunery.client import ENDED_STATUSES, LogRecord, TuneryClient
+from tunery.client import ENDED_STATUSES, ClientError, LogRecord, TuneryClient
 
 JOBS = "/api/v1/fine-tuning/jobs"
 DATASETS = "/api/v1/fine-tuning/datasets"
@@ -62,8 +62,21 @@ class FollowedJob:
 
 
 def _is_answer(response: httpx.Response) -> bool:
-    """Whether a service has answered, rather than ended in the midst of the call: 499, `cancelled`."""
-    return response.status_code < 500 and response.status_code != 499
+    """Whether a service has answered, rather than ended in the midst of the call (499) or just had its clock
+    set, so that the gateway's token is of another time (401)."""
+    return response.status_code < 500 and response.status_code not in (401, 499)
+
+
+def _new_account(stack: ChaosStack, name: str) -> tuple[str, str]:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            with TuneryClient(stack.url, stack.api_key) as admin:
+                return admin.create_account(name, CREDITS)
+        except ClientError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_SECONDS)
 
 
 class Account:
@@ -79,8 +92,7 @@ class Account:
 
     def __init__(self, stack: ChaosStack, name: str) -> None:
         self.stack = stack
-        with TuneryClient(stack.url, stack.api_key) as admin:
-            self.id, self.api_key = admin.create_account(name, CREDITS)
+        self.id, self.api_key = _new_account(stack, name)
         self.datasets: dict[str, tuple[dict[str, Any], str]] = {}
         self.jobs: dict[str, FollowedJob] = {}
         self.doubtful_uploads = 0

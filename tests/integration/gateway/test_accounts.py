@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -67,17 +68,25 @@ class World:
 
     Attributes:
         now: what the clock shows, in seconds.
+        wall_ahead: by how much the wall clock is ahead of it.
     """
 
     database: Database
     keys: Path
     credit_book: CreditBook = field(default_factory=CreditBook)
     now: float = 1000.0
+    wall_ahead: float = 0.0
 
-    def accounts(self) -> Accounts:
+    def accounts(self, issuer: Issuer | None = None) -> Accounts:
         """Returns accounts as one replica has them."""
-        issuer = Issuer.load("account", self.keys)
-        return Accounts(AccountRepository(self.database), issuer, self.credit_book, lambda: self.now)
+        issuer = issuer or Issuer.load("account", self.keys)
+        return Accounts(
+            AccountRepository(self.database),
+            issuer,
+            self.credit_book,
+            lambda: self.now,
+            lambda: self.now + self.wall_ahead,
+        )
 
     async def identity(self, api_key: str, accounts: Accounts | None = None) -> Identity:
         """Returns whom services take the holder of a key for."""
@@ -330,7 +339,7 @@ async def test_a_token_is_used_again_until_30_seconds_are_left(world: World) -> 
             return super().issue(subject, scopes, key_id)
 
     issuer = CountingIssuer.load("account", world.keys)
-    accounts = Accounts(AccountRepository(world.database), issuer, world.credit_book, lambda: world.now)
+    accounts = world.accounts(issuer)
     first = (await accounts.admit(FIRST_KEY)).token
     world.now += TOKEN_SECONDS - MIN_TOKEN_SECONDS - 2
     assert (await accounts.admit(FIRST_KEY)).token == first
@@ -426,6 +435,23 @@ async def test_another_account_is_for_admins_to_name(world: World) -> None:
     ):
         with pytest.raises(NotFound):
             await ask
+
+
+@pytest.mark.parametrize("seconds", [600, -600])
+async def test_tokens_are_made_anew_once_the_wall_clock_was_set(
+    world: World, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    await world.admin()
+    accounts = world.accounts()
+    before = (await accounts.admit(FIRST_KEY)).token
+    world.now += 1
+    assert (await accounts.admit(FIRST_KEY)).token == before
+
+    world.wall_ahead += seconds
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + seconds)
+
+    assert (await accounts.admit(FIRST_KEY)).token != before
 
 
 async def test_a_revoked_key_is_refused_at_once_and_its_id_is_free(world: World) -> None:
