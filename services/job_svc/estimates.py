@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,16 +171,21 @@ def _gib(num_bytes: float) -> str:
 
 
 async def put_probe(database: Database, connection: AsyncConnection, probe: dict[str, Any]) -> None:
-    """Keeps a measurement; the newest counts."""
-    key = {name: probe[name] for name in ("base_model", "method", "dtype")}
+    """Keeps a measurement; for each kind of device the newest counts."""
+    key = {name: probe[name] for name in ("base_model", "method", "dtype", "device")}
     await database.upsert(connection, probes, key, {"figures": probe})
 
 
-async def find_probe(connection: AsyncConnection, run: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the measurement that a run's estimate is made from; None when there is none yet."""
+async def find_probes(connection: AsyncConnection, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the measurements that a run's estimate can be made from, one for each kind of device."""
     query = sa.select(probes.c.figures).where(
         probes.c.base_model == run["base_model"],
         probes.c.method == run["method"]["kind"],
         probes.c.dtype == run["extras"].get("dtype", "auto"),
     )
-    return await connection.scalar(query)
+    return list(await connection.scalars(query.order_by(probes.c.device)))
+
+
+def roomiest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the measurement on the device with the most memory: what doesn't fit there fits nowhere."""
+    return max(found, key=lambda probe: float(probe["total_memory_bytes"]))

@@ -88,6 +88,7 @@ probes = sa.Table(
     sa.Column("base_model", sa.String(200), primary_key=True),
     sa.Column("method", sa.String(16), primary_key=True),
     sa.Column("dtype", sa.String(16), primary_key=True),
+    sa.Column("device", sa.String(200), primary_key=True),
     sa.Column("figures", JsonText, nullable=False),  # tunery.trainer.v1.Probe
 )
 

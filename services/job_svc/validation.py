@@ -161,9 +161,10 @@ class Validator:
         counts = estimates.RowCounts.of(data)
         values["row_counts"] = asdict(counts)
         async with self._database.read() as connection:
-            probe = await estimates.find_probe(connection, job.run)
+            found = await estimates.find_probes(connection, job.run)
         remarks = list(data.remarks)
-        if probe is not None:
+        if found:
+            probe = estimates.roomiest(found)
             cost = estimates.cost_of(job.run, counts, probe)
             if why := estimates.refusal(job.run, counts, probe, cost):
                 await self._fail(job, why, "job", None)
