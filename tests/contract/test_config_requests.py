@@ -106,7 +106,7 @@ def test_submitted_job_has_exactly_the_contracts_fields(submit: Callable[..., di
         *(
             {"overrides": text}
             for text in (
-                *("", "   ", "--nproc_per_node 4", "--nproc-per-node=64", "--nnodes=1"),
+                *("", "   ", "--nproc_per_node 4", "--nproc-per-node=4", "--nnodes=1"),
                 "'--max_restarts' \"3\" --nnodes 1",
             )
         ),
