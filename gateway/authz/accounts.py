@@ -26,7 +26,6 @@ from svc_kit.ids import new_id
 LOOKUP_SECONDS = 4.0
 # Services take a token for the whole of a call's start, queueing included.
 MIN_TOKEN_SECONDS = 30.0
-_CLOCK_WAS_SET_SECONDS = 2.0
 _MAX_CACHED = 10_000
 MAX_NAME_CHARS = 100
 MAX_KEYS = 100
@@ -72,15 +71,6 @@ class Admission:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Token:
-    """A token that was made: when it ends, and by how much the wall clock was ahead of the other then."""
-
-    text: str
-    ends: float
-    lead: float
-
-
 class Accounts:
     """Lets keys in, makes accounts and their keys.
 
@@ -108,7 +98,7 @@ class Accounts:
         self._clock = clock
         self._wall_clock = wall_clock
         self._found: dict[str, tuple[ApiKey, float]] = {}
-        self._tokens: dict[ApiKey, _Token] = {}
+        self._tokens: dict[ApiKey, tuple[str, float]] = {}
 
     async def admit(self, api_key: str) -> Admission:
         """Returns whom a key stands for.
@@ -137,17 +127,16 @@ class Accounts:
         return key, now
 
     def _token(self, key: ApiKey) -> str:
-        now, lead = self._clock(), self._wall_clock() - self._clock()
-        token = self._tokens.get(key)
-        # Once the wall clock was set, what was made before is expired, or not yet good.
-        if token and token.ends - now > MIN_TOKEN_SECONDS and abs(token.lead - lead) < _CLOCK_WAS_SET_SECONDS:
-            return token.text
-        text = self._issuer.issue(key.account_id, key.scopes, key.id)
+        now = self._wall_clock()
+        token, made = self._tokens.get(key, ("", -math.inf))
+        # A token's times are whole seconds, rounded down. If it is of the future, the clock was set.
+        if 0 <= now - made < TOKEN_SECONDS - 1 - MIN_TOKEN_SECONDS:
+            return token
+        token = self._issuer.issue(key.account_id, key.scopes, key.id)
         self._tokens.pop(key, None)
         _make_room(self._tokens)
-        # A token's times are whole seconds, rounded down.
-        self._tokens[key] = _Token(text, now + TOKEN_SECONDS - 1, lead)
-        return text
+        self._tokens[key] = (token, now)
+        return token
 
     async def create(self, caller: Identity, name: str, credits: float | None) -> NewAccount:
         """Makes an account with one key.

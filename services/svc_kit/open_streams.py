@@ -42,11 +42,11 @@ class OpenStreams:
             Unauthenticated: it was.
         """
         identity = current_identity()
-        key, stream = (identity.subject, identity.key_id), _Stream()
         if not identity.key_id:  # a process of the stack
             async for response in responses:
                 yield response
             return
+        key, stream = (identity.subject, identity.key_id), _Stream()
         self._streams.setdefault(key, set()).add(stream)
         try:
             async for response in stream.until_ended(responses):

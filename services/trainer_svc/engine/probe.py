@@ -110,9 +110,11 @@ def measure(base_model_dir: Path, kind: Kind, dtype: Dtype) -> Probe:
         seconds_one, seconds_four = step(one), step(four)
         seconds_targets = step(_rows(workload, 4, all_targets=True))
         memory = float(peak_memory_bytes(group.device))
-        # Of a step this short the machine's noise is as long as what four rows take.
-        num_rows = 4 if seconds_four > _SHORT_STEP_SECONDS else 64
-        seconds_all = seconds_four if num_rows == 4 else step(_rows(workload, num_rows, all_targets=False))
+        num_rows, seconds_all = 4, seconds_four
+        if seconds_four <= _SHORT_STEP_SECONDS:
+            # The machine's noise is as long as what four rows take.
+            num_rows = 64
+            seconds_all = step(_rows(workload, num_rows, all_targets=False))
     kept_for_sizes = _KEPT_FOR_SIZES_BYTES if group.device.type == "cpu" else 0.0
     per_token = max(seconds_all - seconds_one, 0.0) / ((num_rows - 1) * _ROW_TOKENS)
     return Probe(

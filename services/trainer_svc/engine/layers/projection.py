@@ -21,14 +21,12 @@ class Weights:
 
     Attributes:
         weight_OI: the matrices, one below the other.
-        packed: the same, if it was packed.
         bias_O: None if the matrices have none.
         down_RI: the adapters' first matrices, one below the other; None without adapters.
         up: the adapters' second matrices times their scale, each [its outputs, its rank].
     """
 
     weight_OI: Tensor
-    packed: PackedWeight | None
     bias_O: Tensor | None
     down_RI: Tensor | None
     up: tuple[Tensor, ...]
@@ -115,7 +113,6 @@ class Projection:
         matrices, biases, downs, ups = self._parts(parameters)
         return Weights(
             weight_OI=_stack(matrices, dtype),
-            packed=self._packed,
             bias_O=torch.cat([bias.to(dtype) for bias in biases]) if biases else None,
             down_RI=torch.cat([down.to(dtype) for down in downs]) if downs else None,
             up=tuple((up * scale).to(dtype) for up, scale in zip(ups, self._scales, strict=True)),
@@ -136,8 +133,8 @@ class Projection:
             [S, O], and the input times the adapters' first matrices, [S, R], which `backward` needs; None
             without adapters.
         """
-        if weights.packed is not None:
-            out_SO = weights.packed.times(x_SI, residual_SO)
+        if self._packed is not None:
+            out_SO = self._packed.times(x_SI, residual_SO)
         elif residual_SO is not None:
             out_SO = torch.addmm(residual_SO, x_SI, weights.weight_OI.t())
         else:
@@ -181,8 +178,8 @@ class Projection:
                 torch.mm(grad_SO[:, start:end], up, out=grad_low_SR[:, first:last])
         grad_SI = None
         if needs_input:
-            if weights.packed is not None:
-                grad_SI = weights.packed.input_gradient(grad_SO)
+            if self._packed is not None:
+                grad_SI = self._packed.input_gradient(grad_SO)
             else:
                 grad_SI = torch.mm(grad_SO, weights.weight_OI)
             if grad_low_SR is not None:

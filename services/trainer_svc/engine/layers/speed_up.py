@@ -49,8 +49,8 @@ def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     causal_lm = _causal_lm(model)
     if not _is_covered(causal_lm):
         return False
-    projections = [Projection([causal_lm.lm_head])]
-    (head,) = projections
+    head = Projection([causal_lm.lm_head])
+    projections = [head]
     for layer in causal_lm.model.layers:
         fast_layer = FastLayer(layer, dtype)
         _extend(layer, functools.partial(_layer_forward, layer, fast_layer))
