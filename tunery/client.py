@@ -53,7 +53,7 @@ _ANSWER_SECONDS = 60.0
 # The whole body is checked and stored before the answer comes; a model may think for long.
 _SLOW_ANSWER_SECONDS = 600.0
 _FIRST_RECONNECT_PAUSE_SECONDS = 0.2
-_CREATE_SECONDS = 15.0
+_CREATE_TRIES = 10  # with their pauses they outlast a service's restart
 _LONGEST_RECONNECT_PAUSE_SECONDS = 2.0
 _PROGRESS_CHUNK_BYTES = 256 * 1024
 # What the transport says when a connection breaks or a server restarts; the call is worth repeating.
@@ -68,6 +68,8 @@ _BROKEN_CONNECTION = frozenset(
 _HEADER_WORD = re.compile(r"[!-~]+")
 # Nothing answered, or only the gateway did.
 _OUT_OF_REACH = frozenset({None, 502, 503, 504})
+# A server that ends in this very moment cancels its calls.
+_ANSWER_LOST = _OUT_OF_REACH | {499}
 _HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.UNAUTHENTICATED: 401,
@@ -146,26 +148,31 @@ class TuneryClient:
     def upload_dataset(
         self, path: Path, name: str | None = None, on_progress: Callable[[int, int], None] | None = None
     ) -> Dataset:
-        """Uploads a CSV file; the file is streamed, never held in memory. Not idempotent.
+        """Uploads a CSV file; the file is streamed, never held in memory.
+
+        One call makes one dataset: where the answer is lost on its way, the file is sent again with its key.
 
         Args:
             path: the file, ending in `.csv`.
             name: shown instead of the file's name; at most 256 characters.
-            on_progress: called with the bytes sent so far and the file's size.
+            on_progress: called with the bytes sent so far and the file's size; it begins anew with the file.
 
         Raises:
             ClientError: the file is broken (`malformed_file`, with line and column) or too large.
             OSError: the file can't be read.
         """
         with path.open("rb") as file:
-            body = _ReportingFile(file, path.stat().st_size, on_progress)
-            return self._json(
-                "POST",
-                f"{API}/datasets",
-                files={"file": (path.name, body, "text/csv")},
-                data={} if name is None else {"name": name},
-                timeout=httpx.Timeout(_SLOW_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
-            )
+            size_bytes = path.stat().st_size
+
+            def request() -> dict[str, Any]:
+                body = _ReportingFile(file, size_bytes, on_progress)
+                return {
+                    "files": {"file": (path.name, body, "text/csv")},
+                    "data": {} if name is None else {"name": name},
+                    "timeout": httpx.Timeout(_SLOW_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
+                }
+
+            return self._create(f"{API}/datasets", request)
 
     def list_datasets(self) -> list[Dataset]:
         """Returns the account's datasets, newest first."""
@@ -234,17 +241,7 @@ class TuneryClient:
             request["suffix"] = suffix
         if priority:
             request["priority"] = priority
-        body = _json_body(request)
-        body["headers"]["Idempotency-Key"] = str(uuid.uuid4())
-        for attempt in tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_may_have_been_done),
-            stop=tenacity.stop_after_delay(_CREATE_SECONDS),
-            wait=tenacity.wait_exponential(multiplier=_FIRST_RECONNECT_PAUSE_SECONDS, max=2),
-            reraise=True,
-        ):
-            with attempt:
-                return self._json("POST", f"{API}/jobs", **body)
-        raise AssertionError("the last attempt returns or raises")
+        return self._create(f"{API}/jobs", lambda: _json_body(request))
 
     def list_jobs(self, limit: int = 20, offset: int = 0) -> JobList:
         """Returns a page of the account's jobs, newest first; `limit` is 1 to 100."""
@@ -469,6 +466,21 @@ class TuneryClient:
             )
         return self._channel
 
+    def _create(self, path: str, request: Callable[[], dict[str, Any]]) -> Any:
+        """Posts what `request` makes anew for each try, all with one key, until an answer comes."""
+        key = str(uuid.uuid4())
+        for attempt in tenacity.Retrying(
+            retry=_may_have_been_done,
+            stop=tenacity.stop_after_attempt(_CREATE_TRIES),
+            wait=tenacity.wait_exponential(multiplier=_FIRST_RECONNECT_PAUSE_SECONDS, max=2),
+            reraise=True,
+        ):
+            with attempt:
+                arguments = request()
+                arguments["headers"] = arguments.get("headers", {}) | {"Idempotency-Key": key}
+                return self._json("POST", path, **arguments)
+        raise AssertionError("the last attempt returns or raises")
+
     def _json(self, method: str, path: str, **arguments: Any) -> Any:
         response = self._request(method, path, **arguments)
         try:
@@ -518,10 +530,13 @@ class _ReportingFile(io.RawIOBase):
         return self._file.tell()
 
 
-def _may_have_been_done(error: BaseException) -> bool:
-    """Whether a call that failed may have been carried out, its answer lost."""
-    is_lost = isinstance(error, ClientError) and error.http_status in _OUT_OF_REACH
-    return is_lost and not isinstance(error.__cause__, httpx.ConnectError)
+def _may_have_been_done(state: tenacity.RetryCallState) -> bool:
+    """Whether a call, by this try or one before it, may have been carried out and its answer lost."""
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    if not isinstance(error, ClientError) or error.http_status not in _ANSWER_LOST:
+        return False
+    return state.attempt_number > 1 or not isinstance(error.__cause__, httpx.ConnectError)
 
 
 def _account(account_id: str | None) -> dict[str, str]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
+
+import pytest
 
 from tunery.client import TuneryClient
 
@@ -37,15 +41,15 @@ class WandbJob(BaseHTTPRequestHandler):
 class LosesTheFirstAnswer(BaseHTTPRequestHandler):
     """A service that carries a request out and then breaks the connection, the first time."""
 
-    keys: ClassVar[list[str]] = []
+    received: ClassVar[list[tuple[str, bytes]]] = []
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.keys.append(self.headers["Idempotency-Key"])
-        if len(self.keys) == 1:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.received.append((self.headers["Idempotency-Key"], body))
+        if len(self.received) == 1:
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        body = b'{"id": "job-1"}'
+        body = b'{"id": "made-1"}'
         self.send_response(201)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -55,16 +59,36 @@ class LosesTheFirstAnswer(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def test_a_job_whose_answer_is_lost_is_asked_for_again_with_the_same_key() -> None:
+@pytest.fixture
+def forgetful() -> Iterator[TuneryClient]:
+    """A client of a service that loses its first answer."""
+    LosesTheFirstAnswer.received.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), LosesTheFirstAnswer) as server:
         threading.Thread(target=server.serve_forever).start()
         try:
             with TuneryClient(f"http://127.0.0.1:{server.server_port}", "key") as client:
-                assert client.create_job("tunery-tiny", "ds-1", "qa")["id"] == "job-1"
+                yield client
         finally:
             server.shutdown()
-    first, second = LosesTheFirstAnswer.keys
+
+
+def test_a_job_whose_answer_is_lost_is_asked_for_again_with_the_same_key(forgetful: TuneryClient) -> None:
+    assert forgetful.create_job("tunery-tiny", "ds-1", "qa")["id"] == "made-1"
+    first, second = LosesTheFirstAnswer.received
     assert first == second
+
+
+def test_a_file_whose_answer_is_lost_is_sent_again_whole_with_the_same_key(
+    forgetful: TuneryClient, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"question,answer\n" + b"q,a\n" * 100_000)
+    told: list[int] = []
+    assert forgetful.upload_dataset(path, on_progress=lambda sent, _size: told.append(sent))["id"] == "made-1"
+    (first_key, _), (second_key, body) = LosesTheFirstAnswer.received
+    assert first_key == second_key
+    assert path.read_bytes() in body
+    assert told.count(path.stat().st_size) == 2
 
 
 def test_the_log_is_the_services_own_where_the_job_logs_elsewhere_too() -> None:
