@@ -79,7 +79,7 @@ $(VENV)/made:
 $(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTOS)
 	@echo 'installing into $(VENV) (some minutes the first time)'
 	$(PIP) hatchling grpcio-tools googleapis-common-protos
-	$(PIP) --no-build-isolation --editable '.[dev,wandb]'
+	$(PIP) --no-build-isolation --editable '.[dev,wandb,bitsandbytes]'
 	@touch $@
 
 .PHONY: help setup demo test nightly check breaking protos bench chaos clean

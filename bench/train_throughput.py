@@ -111,7 +111,11 @@ class Workload:
     rows_file: Path
     method: str
     steps: int
-    longest: int
+    device: str
+
+    @property
+    def longest(self) -> int:
+        return LONGEST[self.device]
 
     def spec(self, output_dir: Path) -> RunSpec:
         return RunSpec(
@@ -122,7 +126,7 @@ class Workload:
             batch_size=ROWS_PER_STEP,
             max_steps=self.steps,
             shuffle=False,
-            extras={"max_sequence_length": self.longest},
+            extras={"max_sequence_length": self.longest, "compile": self.device == "cuda"},
             **METHODS[self.method],
         )
 
@@ -143,7 +147,7 @@ def make_workload(folder: Path, device: str, method: str, steps: int) -> Workloa
     smollm = models_dir(os.environ) / MODEL_ID
     if device == "cpu":
         rows_file.write_text("\n".join(lines[: steps * ROWS_PER_STEP]) + "\n", encoding="utf-8")
-        return Workload(smollm, rows_file, method, steps, LONGEST[device])
+        return Workload(smollm, rows_file, method, steps, device)
     # Forty rows of GSM8K are more than 2,048 tokens.
     texts = [
         " ".join(message["content"] for line in lines[i : i + 40] for message in json.loads(line)["dialog"])
@@ -166,7 +170,7 @@ def make_workload(folder: Path, device: str, method: str, steps: int) -> Workloa
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
-    return Workload(model_dir, rows_file, method, steps, LONGEST[device])
+    return Workload(model_dir, rows_file, method, steps, device)
 
 
 def run(name: str, workload: Workload, folder: Path) -> Measured:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from job_svc.estimates import num_processes
 from job_svc.job_files import ERROR_REPORT_NAME, WANDB_NAME
 from job_svc.job_plan import LARGEST_COUNT, JobPlan, Priority
 from job_svc.torchrun_overrides import parse_overrides
@@ -230,6 +231,7 @@ class ConfigBody(StrictBody):
                 TypeAdapter(Method).validate_python(method),
                 extras,
                 validates=self.validation_data is not None,
+                processes=num_processes(_overrides(self.overrides)),
             )
         except ValueError as error:
             field = "fine_tuning_options.extras"

@@ -19,6 +19,8 @@ from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
 # What the operating system and the service itself need is not the run's to have.
 _USABLE_MEMORY = 0.95
+# Of the 16 bytes that a weight takes with its gradient and AdamW's state, the state's 8 become 2.
+_WITH_STATE_IN_8_BITS = 10 / 16
 # Of a pass forward and backward, the forward one alone.
 _FORWARD_SHARE = 1 / 3
 # Leasing, fetching, storing and reading back small files.
@@ -107,9 +109,17 @@ def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> fl
     step_tokens = run["batch_size"] * counts.num_tokens / counts.num_rows
     pass_tokens = max(min(probe["tokens_per_pass"], step_tokens), _longest_row(run, counts))
     num_on_device = num_processes(run) if _is_cpu(probe) else 1
-    return num_on_device * (
-        float(probe["base_memory_bytes"]) / sharded_over + probe["bytes_per_token"] * pass_tokens
-    )
+    base = float(probe["base_memory_bytes"]) / sharded_over
+    if run["method"]["kind"] == "full" and run["extras"].get("optimizer") == "adamw_8bit":
+        base *= _WITH_STATE_IN_8_BITS
+    return num_on_device * (base + probe["bytes_per_token"] * pass_tokens)
+
+
+def _holds_weights_otherwise(run: dict[str, Any], probe: dict[str, Any]) -> bool:
+    """Whether the device holds less of the model than a probe's does: in 4 bits, or a layer at a time."""
+    is_quantized = run["extras"].get("quantize_base", "none") != "none"
+    is_offloaded = run["method"].get("fsdp_cpu_offload", False) and num_processes(run) > 1
+    return is_quantized or (is_offloaded and not _is_cpu(probe))
 
 
 def _is_cpu(probe: dict[str, Any]) -> bool:
@@ -133,8 +143,7 @@ def refusal(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any], cost:
     """Returns why a run can't fit its device and what would make it fit; None when it fits."""
     total = probe["total_memory_bytes"]
     usable = total * _USABLE_MEMORY
-    # A probe is made with the weights as they are: of weights in 4 bits it knows nothing.
-    if cost.memory_bytes <= usable or run["extras"].get("quantize_base", "none") != "none":
+    if cost.memory_bytes <= usable or _holds_weights_otherwise(run, probe):
         return None
     # On a CPU one process takes the least.
     smallest = run | {"torchrun_arguments": []} if _is_cpu(probe) else run

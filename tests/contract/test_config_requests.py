@@ -187,6 +187,16 @@ def custom(**options: Any) -> dict[str, Any]:
         ({OPTIONS: {"seed": 2**32}}, (f"{OPTIONS}.seed",)),
         ({OPTIONS: {"shuffle": "yes"}}, (f"{OPTIONS}.shuffle",)),
         ({OPTIONS: {"shuffle": 1}}, (f"{OPTIONS}.shuffle",)),
+        (
+            {
+                "overrides": "--nproc_per_node 2",
+                OPTIONS: {
+                    "custom_training_options": {"finetuning_type": "full"},
+                    "extras": {"optimizer": "adamw_8bit"},
+                },
+            },
+            (f"{OPTIONS}.extras", "adamw_8bit", "sharded"),
+        ),
         (custom(), ("finetuning_type", "lora", "full")),
         (custom(lora_rank=8), ("finetuning_type", "lora", "full")),
         (custom(finetuning_type="qlora"), ("finetuning_type", "lora", "full")),

@@ -265,6 +265,8 @@ def test_the_image_runs_as_its_own_user_and_installs_pinned_versions() -> None:
     [torch_index] = [each[1] for each in words if each[:1] == ["ARG"] and "TORCH_INDEX" in each[1]]
     assert torch_index.endswith("/whl/cpu")
     assert env_file()["TORCH_INDEX"] == torch_index.removeprefix("TORCH_INDEX=")
+    [extras] = [each[1] for each in words if each[:1] == ["ARG"] and each[1].startswith("EXTRAS")]
+    assert env_file()["EXTRAS"] == extras.removeprefix("EXTRAS=")
 
 
 def test_build_context_and_everything_copied_are_there() -> None:

@@ -27,6 +27,9 @@ from trainer_svc.engine.run_spec import Extras
 # A tokenizer that knows no limit says so with an absurdly large one.
 _NO_LIMIT_TOKENS = 10**9
 
+# Elsewhere each product would first have to make the whole matrix again.
+_QUANTIZED_ON = frozenset({"cuda"})
+
 # transformers' own, for rows one by one.
 _ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "eager": "eager"}
 
@@ -96,7 +99,7 @@ def load_base_model(
             dtype=weights_dtype,
             use_safetensors=True,
             attn_implementation=PACKED_ATTENTION if packs_rows else _ATTENTION[extras.attention],
-            quantization_config=_quantization(extras),
+            quantization_config=_quantization(extras, weights_dtype, device),
             **safe,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -105,7 +108,7 @@ def load_base_model(
         raise JobFault(
             f"the base model in {folder} has no end-of-text token, so no answer's end can be trained"
         )
-    if extras.quantize_base == "none":  # quantized weights are on the GPU already
+    if extras.quantize_base == "none":  # quantized weights are there already
         # Not model.to(device): transformers' decorator hides its type.
         torch.nn.Module.to(model, device)
     return BaseModel(
@@ -128,15 +131,17 @@ def _packs_rows(config: PretrainedConfig, extras: Extras) -> bool:
     return packable and extras.packing is not False and extras.attention == "auto"
 
 
-def _quantization(extras: Extras) -> Any:
+def _quantization(extras: Extras, compute_dtype: torch.dtype, device: torch.device) -> Any:
     if extras.quantize_base == "none":
         return None
+    if device.type not in _QUANTIZED_ON:
+        raise JobFault("quantize_base nf4 needs a GPU, and this trainer has none; leave it out")
     bitsandbytes_for("quantize_base nf4")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 

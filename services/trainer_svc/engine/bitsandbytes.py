@@ -1,11 +1,9 @@
-"""The bitsandbytes package, where it is installed and there is a GPU for it."""
+"""The bitsandbytes package, where it is installed."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
-
-import torch
 
 from trainer_svc.engine.errors import JobFault
 
@@ -17,10 +15,8 @@ def bitsandbytes_for(setting: str) -> Any:
         setting: what needs it, for the error.
 
     Raises:
-        JobFault: the package isn't installed on this machine, or the machine has no GPU.
+        JobFault: the package isn't installed on this machine.
     """
-    if not torch.cuda.is_available():
-        raise JobFault(f"{setting} needs a GPU, and this trainer has none; leave it out")
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:

@@ -210,9 +210,9 @@ def take_snapshot(
     if optimizer is not None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         state = {
-            f"{slot}/{names[parameter]}": tensor.detach()
+            f"{slot}/{names[parameter]}": torch.as_tensor(value).detach()
             for parameter, slots in optimizer.state.items()
-            for slot, tensor in slots.items()
+            for slot, value in slots.items()
         }
     is_live = not any(isinstance(tensor, DTensor) for tensor in weights.values())
     if not is_live:
@@ -300,7 +300,7 @@ class CheckpointWriter:
         self.wait()
         self._waiting_since = None
         waited = time.perf_counter() - started_at
-        copying = self._copying = self._thread.submit(state.copied)
+        copying = self._copying = self._thread.submit(_copy_beside_training(state))
         self._writing = self._thread.submit(lambda: write(copying.result(), waited + self._waited_for_copy()))
 
     def _waited_for_copy(self) -> float:
@@ -328,6 +328,21 @@ class CheckpointWriter:
     def close(self) -> None:
         """Waits for what is being written, and ends the thread."""
         self._thread.shutdown()
+
+
+def _copy_beside_training(state: Snapshot) -> Callable[[], Snapshot]:
+    """Copies the state as it is now. On a GPU in a stream of its own, for which no pass has to wait."""
+    device = next((tensor.device for tensor in state.weights.values()), torch.device("cpu"))
+    if device.type != "cuda":
+        return state.copied
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copied() -> Snapshot:
+        with torch.cuda.stream(stream):
+            return state.copied()
+
+    return copied
 
 
 def _use_one_core() -> None:
@@ -380,7 +395,11 @@ def load_checkpoint(
     parameters = dict(model.named_parameters())
     for key, tensor in saved.items():
         slot, _, name = key.partition("/")
-        optimizer.state[parameters[name]][slot] = _placed_like(parameters[name], tensor)
+        # bitsandbytes counts steps in Python's numbers.
+        is_number = tensor.ndim == 0 and not tensor.is_floating_point()
+        optimizer.state[parameters[name]][slot] = (
+            int(tensor) if is_number else _placed_like(parameters[name], tensor)
+        )
 
 
 def _load_weights(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
@@ -394,9 +413,10 @@ def _load_weights(model: PreTrainedModel, weights: dict[str, Tensor], folder: Pa
 
 
 def _placed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor as this process holds the parameter: on its device, and sharded where that is."""
+    """A tensor as this process holds the parameter: sharded where that is, and on its device."""
     if isinstance(parameter, DTensor) and tensor.ndim > 0:
-        return distribute_tensor(
+        shards = distribute_tensor(
             tensor.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements
         )
+        return shards.to(parameter.to_local().device)  # the host's, where shards are kept there
     return tensor.to(parameter.device)

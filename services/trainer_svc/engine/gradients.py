@@ -56,7 +56,11 @@ class GradientComputer:
         self._workload = workload
         self._tokens_per_pass = spec.tokens_per_pass or TOKENS_PER_PASS[group.device.type]
         self._passes = Passes(
-            workload.model, workload.trainable, dtype=workload.dtype, packs_rows=workload.packs_rows
+            workload.model,
+            workload.trainable,
+            group.device,
+            dtype=workload.dtype,
+            packs_rows=workload.packs_rows,
         )
 
     def compute(self, rows: Sequence[Example], step: int) -> StepResult:

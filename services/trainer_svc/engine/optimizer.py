@@ -19,7 +19,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], spec: RunSpec) -> torch.o
     Matrices decay; vectors (norms, biases) don't, as is usual: they are few and set scales.
 
     Raises:
-        JobFault: `adamw_8bit` was asked for where bitsandbytes or a GPU is missing.
+        JobFault: `adamw_8bit` was asked for where bitsandbytes is missing.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [

@@ -34,13 +34,20 @@ class Passes:
     """What a step or a validation computes with the model."""
 
     def __init__(
-        self, model: nn.Module, trainable: Sequence[nn.Parameter], *, dtype: torch.dtype, packs_rows: bool
+        self,
+        model: nn.Module,
+        trainable: Sequence[nn.Parameter],
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        packs_rows: bool,
     ) -> None:
         """Makes threads, where passes run in several.
 
         Args:
             model: a causal language model of transformers, with or without peft's adapters.
             trainable: its parameters that learn.
+            device: where it computes. Its weights may lie elsewhere in between.
             dtype: of the matrix products.
             packs_rows: whether its attention takes several rows in one pass.
         """
@@ -48,7 +55,7 @@ class Passes:
         self._trainable = tuple(trainable)
         self._dtype = dtype
         self._packs_rows = packs_rows
-        self._device = next(model.parameters()).device
+        self._device = device
         self._num_threads = torch.get_num_threads()
         # The usual layers draw random numbers for dropout from one generator, in whatever order threads come;
         # and processes that share weights must all make their passes in one order.

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer_svc.engine.errors import JobFault
+
 # A rank that waits longer for another than this is waiting for a dead one.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -69,6 +71,19 @@ class ProcessGroup:
         for gradient, part in zip(gradients, flat.split(sizes), strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def check_devices(self) -> None:
+        """To be called before anything else, by every process.
+
+        Raises:
+            JobFault: there are more processes on this machine than GPUs.
+        """
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if self.device.type == "cuda" and processes > gpus:
+            raise JobFault(
+                f"nproc_per_node is {processes}, but this trainer has {gpus} GPU{'s' if gpus > 1 else ''}, "
+                "and each process needs one; lower it"
+            )
+
     def wait_for_all(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -85,7 +100,9 @@ def join_process_group() -> ProcessGroup:
     if world_size == 1:
         return single_process()
     device = _device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+    # Shards that lie in the host's memory are summed there.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     return ProcessGroup(dist.get_rank(), world_size, device)
 
 
@@ -97,6 +114,6 @@ def leave_process_group() -> None:
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())  # see `check_devices`
     torch.cuda.set_device(device)
     return device

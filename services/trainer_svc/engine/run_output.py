@@ -167,10 +167,11 @@ class RunOutput:
         if self._group.is_first:
             write_folder(spec.output_dir / ARTIFACT_DIR, partial(self._fill_artifact, state, snapshot))
             self._events.write("artifact", "model written", path=ARTIFACT_DIR)
+            self._make_room()
             folder = spec.readback_dir or spec.output_dir / ARTIFACT_DIR
             wait_for(folder)
             # Sharded weights may be too many for one process's device.
-            device = self._group.device if self._group.world_size == 1 else torch.device("cpu")
+            device = torch.device("cpu") if workload.is_sharded else self._group.device
             difference = check_parity(folder, reference, spec, workload, device)
             loss = "unknown" if state.training_loss is None else f"{state.training_loss:.4f}"
             self._events.write(
@@ -186,6 +187,15 @@ class RunOutput:
                 parity_difference=difference,
             )
         self._group.wait_for_all()
+
+    def _make_room(self) -> None:
+        """Frees the device of what was trained, for the check loads the model once more."""
+        workload = self._workload
+        workload.optimizer.state.clear()
+        if self._group.device.type == "cuda" and not workload.is_sharded:
+            if self._spec.extras.quantize_base == "none":
+                torch.nn.Module.to(workload.model, "cpu")
+            torch.cuda.empty_cache()
 
     def _fill_artifact(self, state: TrainingState, snapshot: Snapshot, folder: Path) -> None:
         workload = self._workload

@@ -77,7 +77,7 @@ class Extras(_Spec):
     """Settings beyond the usual ones; the keys that a client may send as `extras`.
 
     Attributes:
-        optimizer: `adamw` (fused), or `adamw_8bit`, which keeps its state in 8 bits (bitsandbytes, GPU only).
+        optimizer: `adamw` (fused), or `adamw_8bit`, which keeps its state in 8 bits (needs bitsandbytes).
         weight_decay: AdamW's decoupled decay.
         adam_beta1: decay of the mean of gradients.
         adam_beta2: decay of the mean of squared gradients.
@@ -92,7 +92,8 @@ class Extras(_Spec):
             into rows of at most that length, none of which sees the one before.
         packing: several rows in one pass, without padding and without seeing each other; None is on where the
             model can. False runs row by row. The numbers are the same.
-        compile: have torch.compile translate the model: a minute or two at the start, faster steps on a GPU.
+        compile: have torch.compile fuse what is between the matrix products: up to two minutes at the start,
+            faster steps on a GPU.
         attention: `auto` is the engine's own for packed rows; `sdpa` and `eager` are transformers', row by
             row.
         eval_every_steps: measure the validation loss after every so many steps too; None is each epoch's end.
@@ -157,22 +158,30 @@ _LORA_EXTRAS = ("lora_dropout", "lora_variant", "quantize_base", "save_merged")
 _VALIDATION_EXTRAS = ("eval_every_steps", "early_stopping_patience")
 
 
-def check_together(method: LoraMethod | FullMethod, extras: Extras, *, validates: bool) -> None:
-    """Refuses settings that would have no effect.
+def check_together(
+    method: LoraMethod | FullMethod, extras: Extras, *, validates: bool, processes: int = 1
+) -> None:
+    """Refuses settings that would have no effect, or don't go together.
 
     Args:
         method: LoRA or full.
         extras: the settings.
         validates: whether the run has validation rows.
+        processes: how many the run has.
 
     Raises:
-        ValueError: a setting only makes sense with another method, or with validation rows.
+        ValueError: a setting only makes sense with another method, with validation rows, or in one process.
     """
     changed = {name for name in extras.model_fields_set if getattr(extras, name) != _default(name)}
     if isinstance(method, FullMethod):
         for name in _LORA_EXTRAS:
             if name in changed:
                 raise ValueError(f"{name} goes with LoRA only, and this run trains all weights")
+        if extras.optimizer == "adamw_8bit" and processes > 1:
+            raise ValueError(
+                "optimizer adamw_8bit can't update weights that are sharded over processes: take adamw, one "
+                "process, or LoRA"
+            )
     if not validates:
         for name in _VALIDATION_EXTRAS:
             if name in changed:

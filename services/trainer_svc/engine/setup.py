@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -17,12 +21,14 @@ from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_check
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import ExampleSet, load_examples
+from trainer_svc.engine.layers.compiled import compiled
+from trainer_svc.engine.layers.elementwise import PLAIN
 from trainer_svc.engine.layers.speed_up import speed_up
 from trainer_svc.engine.optimizer import make_optimizer
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.row_order import derived_seed
 from trainer_svc.engine.rows import file_sha256
-from trainer_svc.engine.run_spec import TOKENS_PER_PASS, FullMethod, LoraMethod, RunSpec
+from trainer_svc.engine.run_spec import TOKENS_PER_PASS, FullMethod, LoraMethod, RunSpec, check_together
 from trainer_svc.engine.sharding import decoder_layers, shard
 
 
@@ -81,6 +87,17 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
         JobFault: the data, the base model or the method can't be trained with.
         CheckpointError: `resume_from` is damaged or of another run.
     """
+    try:
+        check_together(
+            spec.method,
+            spec.extras,
+            validates=spec.validation_file is not None,
+            processes=group.world_size,
+        )
+    except ValueError as error:
+        raise JobFault(str(error)) from error
+    if spec.extras.compile:
+        _check_compiler()
     dtype = compute_dtype(spec.extras.dtype, group.device)
     # Frozen weights can be held in the format of the products; weights that learn need float32, since most
     # updates are smaller than bfloat16's steps.
@@ -98,12 +115,14 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     model = _apply_method(spec, base.model, events)
     model.train()
     layers = "transformers' layers"
-    if spec.extras.compile:
+    elementwise = compiled() if spec.extras.compile else PLAIN
+    if base.packs_rows and speed_up(model, dtype, elementwise):
+        layers = "hand-written layers"
+    elif spec.extras.compile:
         for layer in decoder_layers(base.model):
             layer.compile(dynamic=True)
-        layers = "layers by torch.compile, the first steps a minute or two longer"
-    elif base.packs_rows and speed_up(model, dtype):
-        layers = "hand-written layers"
+    if spec.extras.compile:
+        layers += " by torch.compile, the first steps up to two minutes longer"
     if isinstance(spec.method, FullMethod):
         _share_out(base.model, spec.method, group, events)
     optimizer = make_optimizer(model.parameters(), spec)
@@ -129,6 +148,20 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     )
     _log_facts(workload, spec, group, layers, events)
     return workload
+
+
+def _check_compiler() -> None:
+    """torch.compile writes C++, on a GPU too, and has it compiled."""
+    compiler = os.environ.get("CXX", "g++")
+    missing = None
+    if shutil.which(compiler) is None:
+        missing = f"the C++ compiler {compiler}"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python's headers"
+    if missing is not None:
+        raise JobFault(
+            f"compile needs {missing}, which this trainer lacks: leave it out, or have it installed"
+        )
 
 
 def _load_data(

@@ -84,6 +84,7 @@ def train(spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:
         Stopped: the specification's `stop_file` appeared.
         ParityError: the stored model is not the trained one.
     """
+    group.check_devices()
     with ExitStack() as cleanup:
         if group.is_first:
             if spec.train_log_file is not None:

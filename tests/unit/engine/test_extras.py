@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.engine.conftest import read_run
 from tests.unit.engine.ranks import run_ranks
+from trainer_svc.engine import base_model
 from trainer_svc.engine.base_model import BaseModel
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.examples import load_examples, tokenize_row
@@ -135,19 +138,30 @@ def test_every_nth_step_tells_of_the_device(run: Any) -> None:
     assert all(event["estimated_finish"].endswith("Z") for event in events)
 
 
+@pytest.mark.parametrize(
+    ("extras", "layers"), [({}, "hand-written layers"), ({"attention": "sdpa"}, "transformers' layers")]
+)
 def test_torch_compile_changes_no_number(
-    run: Any, make_spec: MakeSpec, tiny_dir: Path, tmp_path: Path
+    extras: dict[str, Any], layers: str, run: Any, make_spec: MakeSpec, tiny_dir: Path, tmp_path: Path
 ) -> None:
     one_layer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_dir, num_hidden_layers=1))
     one_layer.save_pretrained(tmp_path / "one-layer")
     AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "one-layer")
     changes = {"base_model_dir": tmp_path / "one-layer", "max_steps": 1}
-    spec = make_spec("with", extras={"dtype": "float32", "compile": True}, **changes)
+    spec = make_spec("with", extras={"dtype": "float32", "compile": True} | extras, **changes)
     # In a process of its own: torch warns of its own deprecated calls when it compiles.
     assert run_ranks(spec, 1)
     compiled = read_run(spec.output_dir)
     assert compiled.losses == pytest.approx(run("without", {}, **changes).losses, rel=1e-4)
-    assert any("torch.compile" in event["message"] for event in compiled.of_kind("log"))
+    assert any(f"{layers} by torch.compile" in event["message"] for event in compiled.of_kind("log"))
+
+
+def test_torch_compile_is_refused_without_a_compiler(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        JobFault, match=r"compile needs the C\+\+ compiler no-such-compiler, .*: leave it out"
+    ):
+        run("out", {"compile": True})
 
 
 def test_dora_on_a_row_of_zeros_is_refused(run: Any) -> None:
@@ -161,12 +175,19 @@ def test_dora_on_a_row_of_zeros_is_refused(run: Any) -> None:
     ("extras", "word"),
     [({"quantize_base": "nf4"}, "quantize_base nf4"), ({"optimizer": "adamw_8bit"}, "optimizer adamw_8bit")],
 )
-def test_what_needs_a_gpu_is_refused_without_one(
+def test_what_needs_bitsandbytes_is_refused_without_it(
     extras: dict[str, Any], word: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(JobFault, match=f"{word} needs a GPU"):
+    monkeypatch.setattr(base_model, "_QUANTIZED_ON", {"cpu"})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(JobFault, match=f"{word} needs bitsandbytes, which isn't installed"):
         run("out", extras)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_four_bits_are_refused_without_a_gpu(run: Any) -> None:
+    with pytest.raises(JobFault, match="quantize_base nf4 needs a GPU"):
+        run("out", {"quantize_base": "nf4"})
 
 
 @pytest.mark.parametrize(

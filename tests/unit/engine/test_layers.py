@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.layers import projection, segment_attention
 from trainer_svc.engine.layers import speed_up as speed_up_module
+from trainer_svc.engine.layers.compiled import compiled
+from trainer_svc.engine.layers.elementwise import PLAIN
 from trainer_svc.engine.layers.linear_cross_entropy import summed_cross_entropy
 from trainer_svc.engine.layers.packed_weight import PackedWeight
 from trainer_svc.engine.layers.projection import Projection
@@ -276,6 +278,21 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(method: str
     assert kept_bytes[1] < kept_bytes[0] / 4
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+# torch warns of its own deprecated calls when it compiles.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("method", ["full", "lora on all, rank-stabilised"])
+def test_compiled_layers_compute_the_same(method: str) -> None:
+    results = []
+    for elementwise in (PLAIN, compiled()):
+        model = make_model(CONFIGS["qwen3"], METHODS[method])
+        assert speed_up(model, torch.float32, elementwise)
+        # Of two sizes: the second must not be compiled for the first.
+        results.append(loss_and_gradients(model, [make_examples(5, 31, 12), make_examples(40, 30)]))
+    (loss, expected), (compiled_loss, ours) = results
+    assert compiled_loss == pytest.approx(loss, rel=2e-6)
+    assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

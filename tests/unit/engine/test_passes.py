@@ -54,13 +54,24 @@ def make_passes(*, fast: bool = True) -> tuple[nn.Module, Passes]:
     model = AutoModelForCausalLM.from_config(CONFIG).train()
     if fast:
         assert speed_up(model, torch.float32)
-    return model, Passes(model, list(model.parameters()), dtype=torch.float32, packs_rows=fast)
+    return model, Passes(
+        model, list(model.parameters()), torch.device("cpu"), dtype=torch.float32, packs_rows=fast
+    )
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return found
+
+
+def test_rows_go_where_the_model_computes() -> None:
+    """Its weights may lie in the host's memory, where they are kept between uses."""
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    device = torch.device("meta")
+    passes = Passes(model, (), device, dtype=torch.float32, packs_rows=False)
+    [pack] = passes.split(make_examples(LENGTHS[0]))
+    assert {pack.input_ids.device, pack.labels.device} == {device}
 
 
 @pytest.mark.usefixtures("four_threads")

@@ -103,6 +103,26 @@ def test_weights_in_4_bits_are_not_refused_by_what_the_whole_ones_take() -> None
     assert why(large, extras={"quantize_base": "nf4"}) is None
 
 
+def test_shards_in_the_hosts_memory_are_not_the_gpus() -> None:
+    offloaded = {"method": {"kind": "full", "fsdp_cpu_offload": True}}
+    large = PROBE | {"device": "NVIDIA H100", "base_memory_bytes": 40.0 * GIB}
+    assert why(large, **FULL, **TWO) is not None
+    assert why(large, **offloaded, **TWO) is None
+    # One process has nothing to shard, and a CPU no other memory.
+    assert why(large, **offloaded) is not None
+    assert why(large | {"device": "cpu, 2 cores"}, **offloaded, **TWO) is not None
+
+
+def test_state_in_8_bits_takes_less() -> None:
+    thrifty = {"extras": {"optimizer": "adamw_8bit"}}
+    saved = (
+        cost_of(run(**FULL), COUNTS, PROBE).memory_bytes
+        - cost_of(run(**FULL, **thrifty), COUNTS, PROBE).memory_bytes
+    )
+    assert saved == pytest.approx(GIB * 6 / 16)
+    assert cost_of(run(**thrifty), COUNTS, PROBE) == cost_of(run(), COUNTS, PROBE)
+
+
 def why(probe: dict[str, Any], **changes: Any) -> str | None:
     wanted = run(**changes)
     return refusal(wanted, COUNTS, probe, cost_of(wanted, COUNTS, probe))

@@ -7,6 +7,9 @@ Shapes: S tokens of a pack, D model width, H heads, E width of a head, F feed-fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -93,3 +96,19 @@ def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor, activated_SF: Tensor) 
     torch.mul(grad_SF, activated_SF, out=grad_up_SF)
     torch.ops.aten.silu_backward.grad_input(grad_SF * up_SF, gate_SF, grad_input=grad_gate_SF)
     return out_S2F
+
+
+class Elementwise(NamedTuple):
+    """The functions above, as they are or compiled (see `compiled.py`)."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
+    rms_norm_again: Callable[[Tensor, Tensor, Tensor], Tensor] = rms_norm_again
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = rms_norm_backward
+    rms_norm_weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = rms_norm_weight_gradient
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], None] = rotate
+    swiglu: Callable[[Tensor], tuple[Tensor, Tensor]] = swiglu
+    swiglu_again: Callable[[Tensor, Tensor], Tensor] = swiglu_again
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = swiglu_backward
+
+
+PLAIN = Elementwise()

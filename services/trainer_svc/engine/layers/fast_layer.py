@@ -21,16 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.activations import SiLUActivation
 
-from trainer_svc.engine.layers.elementwise import (
-    rms_norm,
-    rms_norm_again,
-    rms_norm_backward,
-    rms_norm_weight_gradient,
-    rotate,
-    swiglu,
-    swiglu_again,
-    swiglu_backward,
-)
+from trainer_svc.engine.layers.elementwise import Elementwise
 from trainer_svc.engine.layers.projection import Projection
 from trainer_svc.engine.layers.segment_attention import Segments, attend, attend_backward
 
@@ -91,15 +82,17 @@ class _Kept(NamedTuple):
 class FastLayer:
     """A transformers decoder layer's modules, and how to compute with them."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype, elementwise: Elementwise) -> None:
         """Takes a layer that `is_covered`; frozen weights are laid out anew in memory.
 
         Args:
             layer: a decoder layer; stays as it is.
             dtype: of the activations and products.
+            elementwise: what is computed between the products.
         """
         attention, mlp = layer.self_attn, layer.mlp
         self.dtype = dtype
+        self.elementwise = elementwise
         self.epsilon = layer.input_layernorm.variance_epsilon
         self.scaling = attention.scaling
         self.head_width = attention.head_dim
@@ -158,14 +151,14 @@ class FastLayer:
     ) -> tuple[Tensor, _Kept]:
         """The output, and what `backward` needs."""
         norms, qkv, attention_out, gate_up, down = self.split(parameters)
-        normed_SD, input_scale_S1 = rms_norm(x_SD, norms[0], self.epsilon)
+        normed_SD, input_scale_S1 = self.elementwise.rms_norm(x_SD, norms[0], self.epsilon)
         projected, low_qkv = self.qkv.apply(normed_SD, self.qkv.weights(qkv, self.dtype))
         projected_SNE = projected.view(len(x_SD), -1, self.head_width)
         query, key, value = self._split_heads(projected_SNE)
         head_scales: tuple[Tensor, ...] = ()
         if self.has_head_norms:
-            query, query_scales = rms_norm(query, norms[2], self.epsilon)
-            key, key_scales = rms_norm(key, norms[3], self.epsilon)
+            query, query_scales = self.elementwise.rms_norm(query, norms[2], self.epsilon)
+            key, key_scales = self.elementwise.rms_norm(key, norms[3], self.epsilon)
             head_scales = (query_scales, key_scales)
         heads_SNE = self._rotated(query, key, value, rows)
         attended_SHE, kept_attention = attend(heads_SNE, self.num_heads[1], rows.segments, keep=keep)
@@ -175,9 +168,9 @@ class FastLayer:
         middle_SD, low_out = self.attention_out.apply(
             attended, self.attention_out.weights(attention_out, self.dtype), residual_SO=residual
         )
-        normed_SD, middle_scale_S1 = rms_norm(middle_SD, norms[1], self.epsilon)
+        normed_SD, middle_scale_S1 = self.elementwise.rms_norm(middle_SD, norms[1], self.epsilon)
         gate_up_S2F, low_gate_up = self.gate_up.apply(normed_SD, self.gate_up.weights(gate_up, self.dtype))
-        hidden_SF, activated_SF = swiglu(gate_up_S2F)
+        hidden_SF, activated_SF = self.elementwise.swiglu(gate_up_S2F)
         out_SD, low_down = self.down.apply(
             hidden_SF, self.down.weights(down, self.dtype), residual_SO=middle_SD
         )
@@ -222,7 +215,7 @@ class FastLayer:
         needs_norms, needs_qkv, needs_out, needs_gate_up, needs_down = self.split(needs)
         hidden_SF = None
         if self.down.uses_input(needs_down):
-            hidden_SF = swiglu_again(kept.gate_up, kept.activated)
+            hidden_SF = self.elementwise.swiglu_again(kept.gate_up, kept.activated)
         grad_SF, grads_down = self.down.backward(
             grad_SD,
             hidden_SF,
@@ -233,11 +226,11 @@ class FastLayer:
         )
         del hidden_SF
         assert grad_SF is not None
-        grad_gate_up = swiglu_backward(grad_SF, kept.gate_up, kept.activated)
+        grad_gate_up = self.elementwise.swiglu_backward(grad_SF, kept.gate_up, kept.activated)
         del grad_SF
         normed_SD = None
         if self.gate_up.uses_input(needs_gate_up):
-            normed_SD = rms_norm_again(kept.middle, kept.middle_scale, norms[1])
+            normed_SD = self.elementwise.rms_norm_again(kept.middle, kept.middle_scale, norms[1])
         grad_normed, grads_gate_up = self.gate_up.backward(
             grad_gate_up,
             normed_SD,
@@ -250,8 +243,12 @@ class FastLayer:
         assert grad_normed is not None
         grads_norms: list[Tensor | None] = [None] * len(norms)
         if needs_norms[1]:
-            grads_norms[1] = rms_norm_weight_gradient(grad_normed, kept.middle, kept.middle_scale)
-        grad_middle = rms_norm_backward(grad_normed, kept.middle, kept.middle_scale, norms[1], grad_SD)
+            grads_norms[1] = self.elementwise.rms_norm_weight_gradient(
+                grad_normed, kept.middle, kept.middle_scale
+            )
+        grad_middle = self.elementwise.rms_norm_backward(
+            grad_normed, kept.middle, kept.middle_scale, norms[1], grad_SD
+        )
         grad_attended, grads_out = self.attention_out.backward(
             grad_middle,
             kept.attended,
@@ -268,7 +265,7 @@ class FastLayer:
             )
         grad_projected = self._attention_backward(grad_attended, kept, norms, needs_norms, grads_norms, rows)
         if self.qkv.uses_input(needs_qkv):
-            normed_SD = rms_norm_again(kept.x, kept.input_scale, norms[0])
+            normed_SD = self.elementwise.rms_norm_again(kept.x, kept.input_scale, norms[0])
         grad_normed, grads_qkv = self.qkv.backward(
             grad_projected,
             normed_SD,
@@ -280,9 +277,13 @@ class FastLayer:
         grad_x = None
         if grad_normed is not None:
             if needs_norms[0]:
-                grads_norms[0] = rms_norm_weight_gradient(grad_normed, kept.x, kept.input_scale)
+                grads_norms[0] = self.elementwise.rms_norm_weight_gradient(
+                    grad_normed, kept.x, kept.input_scale
+                )
             if needs_input:
-                grad_x = rms_norm_backward(grad_normed, kept.x, kept.input_scale, norms[0], grad_middle)
+                grad_x = self.elementwise.rms_norm_backward(
+                    grad_normed, kept.x, kept.input_scale, norms[0], grad_middle
+                )
         return grad_x, [*grads_norms, *grads_qkv, *grads_out, *grads_gate_up, *grads_down]
 
     def _attention_backward(
@@ -309,8 +310,8 @@ class FastLayer:
                 zip(grads, heads, kept.head_scales, strict=False), start=2
             ):
                 if needs_norms[index]:
-                    grads_norms[index] = rms_norm_weight_gradient(grad, x, scale)
-                grad.copy_(rms_norm_backward(grad, x, scale, norms[index], None))
+                    grads_norms[index] = self.elementwise.rms_norm_weight_gradient(grad, x, scale)
+                grad.copy_(self.elementwise.rms_norm_backward(grad, x, scale, norms[index], None))
         return grad_SNE.flatten(1)
 
     def _split_heads(self, heads_SNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,8 +325,8 @@ class FastLayer:
         heads_SNE = value_SKE.new_empty(len(value_SKE), sum(self.num_heads), self.head_width)
         out_query, out_key, out_value = self._split_heads(heads_SNE)
         cos, sin = rows.cos_S1E, -rows.sin_S1E if back else rows.sin_S1E
-        rotate(query_SHE, cos * self.scaling, sin * self.scaling, out_query)
-        rotate(key_SKE, cos, sin, out_key)
+        self.elementwise.rotate(query_SHE, cos * self.scaling, sin * self.scaling, out_query)
+        self.elementwise.rotate(key_SKE, cos, sin, out_key)
         out_value.copy_(value_SKE)
         return heads_SNE
 

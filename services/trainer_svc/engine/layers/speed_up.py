@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from trainer_svc.engine.layers.elementwise import PLAIN, Elementwise
 from trainer_svc.engine.layers.fast_layer import FastLayer, Rows
 from trainer_svc.engine.layers.linear_cross_entropy import summed_cross_entropy
 from trainer_svc.engine.layers.projection import Projection
@@ -32,15 +33,18 @@ _TOKENS_MULTIPLE = 32
 _PACKED_UP_TO_BYTES = 2**30
 
 
-def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
+def speed_up(
+    model: PreTrainedModel | PeftModel, dtype: torch.dtype, elementwise: Elementwise = PLAIN
+) -> bool:
     """Puts the fast path into a model, if it covers all that the model does.
 
     To be called once, after adapters were added, weights frozen and moved to their device, and before
-    anything is compiled or sharded. Frozen weights are laid out anew in memory.
+    anything is sharded. Frozen weights are laid out anew in memory.
 
     Args:
         model: changed in place. Its frozen weights must not change afterwards.
         dtype: of activations and matrix products.
+        elementwise: what is computed between the products, as it is or compiled.
 
     Returns:
         Whether it was put in. If not, the model is as it was, and `fast_loss` must not be called: another
@@ -52,7 +56,7 @@ def speed_up(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     head = Projection([causal_lm.lm_head])
     projections = [head]
     for layer in causal_lm.model.layers:
-        fast_layer = FastLayer(layer, dtype)
+        fast_layer = FastLayer(layer, dtype, elementwise)
         _extend(layer, functools.partial(_layer_forward, layer, fast_layer))
         projections += fast_layer.projections
     if sum(p.nbytes for projection in projections for p in projection.parameters()) <= _PACKED_UP_TO_BYTES:
