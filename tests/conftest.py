@@ -37,6 +37,13 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_reach_processes() -> None:
+    """What a shell without job control starts in the background ignores SIGINT, as do its children."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """The folder of base models that `make setup` fills."""

@@ -21,13 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from job_svc.estimates import num_processes
 from job_svc.job_files import ERROR_REPORT_NAME, WANDB_NAME
 from job_svc.job_plan import LARGEST_COUNT, JobPlan, Priority
 from job_svc.torchrun_overrides import parse_overrides
 from svc_kit.errors import InvalidRequest
 from svc_kit.strict_json import Integer, StrictBody, nearest
-from trainer_svc.engine.run_spec import Extras, Method, check_together
+from trainer_svc.engine.run_spec import Extras, Method, check_together, num_processes
 
 DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_ROWS = 8
@@ -231,7 +230,7 @@ class ConfigBody(StrictBody):
                 TypeAdapter(Method).validate_python(method),
                 extras,
                 validates=self.validation_data is not None,
-                processes=num_processes(_overrides(self.overrides)),
+                processes=num_processes(_overrides(self.overrides)["torchrun_arguments"]),
             )
         except ValueError as error:
             field = "fine_tuning_options.extras"

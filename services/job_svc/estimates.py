@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from job_svc import credits
 from job_svc.job_plan import LARGEST_COUNT
 from job_svc.tables import probes
 from svc_kit.database import Database
+from trainer_svc.engine.run_spec import num_processes
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
 # What the operating system and the service itself need is not the run's to have.
@@ -77,7 +77,7 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
         counts: of its rows.
         probe: a `tunery.trainer.v1.Probe` as an object.
     """
-    processes = num_processes(run)
+    processes = num_processes(run["torchrun_arguments"])
     rows_per_step = run["batch_size"] * run["gradient_accumulation_steps"] * processes
     steps_per_epoch = math.ceil(counts.num_rows / rows_per_step)
     all_steps = run["epochs"] * steps_per_epoch
@@ -105,10 +105,10 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
 
 def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
     """The most that one device has to hold: one process's on a GPU, all processes' on a CPU."""
-    sharded_over = num_processes(run) if run["method"]["kind"] == "full" else 1
+    sharded_over = num_processes(run["torchrun_arguments"]) if run["method"]["kind"] == "full" else 1
     step_tokens = run["batch_size"] * counts.num_tokens / counts.num_rows
     pass_tokens = max(min(probe["tokens_per_pass"], step_tokens), _longest_row(run, counts))
-    num_on_device = num_processes(run) if _is_cpu(probe) else 1
+    num_on_device = num_processes(run["torchrun_arguments"]) if _is_cpu(probe) else 1
     base = float(probe["base_memory_bytes"]) / sharded_over
     if run["method"]["kind"] == "full" and run["extras"].get("optimizer") == "adamw_8bit":
         base *= _WITH_STATE_IN_8_BITS
@@ -118,7 +118,9 @@ def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> fl
 def _holds_weights_otherwise(run: dict[str, Any], probe: dict[str, Any]) -> bool:
     """Whether the device holds less of the model than a probe's does: in 4 bits, or a layer at a time."""
     is_quantized = run["extras"].get("quantize_base", "none") != "none"
-    is_offloaded = run["method"].get("fsdp_cpu_offload", False) and num_processes(run) > 1
+    is_offloaded = (
+        run["method"].get("fsdp_cpu_offload", False) and num_processes(run["torchrun_arguments"]) > 1
+    )
     return is_quantized or (is_offloaded and not _is_cpu(probe))
 
 
@@ -129,14 +131,6 @@ def _is_cpu(probe: dict[str, Any]) -> bool:
 def _longest_row(run: dict[str, Any], counts: RowCounts) -> int:
     limit = run["extras"].get("max_sequence_length")
     return min(counts.longest_row_tokens, limit) if limit else counts.longest_row_tokens
-
-
-def num_processes(run: dict[str, Any]) -> int:
-    """Returns how many processes a run has on its machine."""
-    for argument in run["torchrun_arguments"]:
-        if match := re.fullmatch(r"--nproc_per_node=(\d+)", argument):
-            return int(match[1])
-    return 1
 
 
 def refusal(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any], cost: Cost) -> str | None:

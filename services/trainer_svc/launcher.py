@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import psutil
 
 from svc_kit.child_process import without_settings
 from svc_kit.parent_death import dying_with_this_process
+from trainer_svc.engine.run_spec import num_processes
 
 _LOG_TAIL_BYTES = 4096
 _KILL_SECONDS = 5
@@ -42,13 +44,18 @@ class RunProcess:
             *(sys.executable, "-P", "-m", "torch.distributed.run", *defaults, *torchrun_arguments),
             *("-m", "trainer_svc.engine", str(spec_file)),
         )
+        environment = without_settings()
+        processes = num_processes(torchrun_arguments)
+        if processes > 1:
+            # torchrun's own choice is one thread each, however many cores there are.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=without_settings(),
+                env=environment,
                 start_new_session=True,
             )
         return cls(process, log_file)

@@ -350,9 +350,6 @@ def test_uploads_side_by_side_keep_apart(account: Account) -> None:
     assert [dataset["size_bytes"] for dataset in made] == [len(content) for content in contents]
 
 
-_CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
-
-
 @hypothesis.settings(
     max_examples=num_cases(40),
     deadline=None,
@@ -362,22 +359,23 @@ _CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size
 )
 @hypothesis.given(data=st.data())
 def test_whatever_pythons_csv_module_writes_is_taken(account: Account, data: st.DataObject) -> None:
+    line_end = data.draw(st.sampled_from(["\n", "\r\n"]))
+    quoting = data.draw(st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
+    # Where lines end with LF, the module quotes no value for its carriage return, and can't read it again.
+    is_lost = line_end == "\n" and quoting == csv.QUOTE_MINIMAL
+    cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\r" if is_lost else "\0"), max_size=12)
     columns = data.draw(
         st.lists(
-            _CELLS.filter(lambda name: bool(name.strip("\ufeff").strip())),
+            cells.filter(lambda name: bool(name.strip("\ufeff").strip())),
             min_size=1,
             max_size=4,
             unique=True,
         )
     )
     width = len(columns)
-    rows = data.draw(st.lists(st.lists(_CELLS, min_size=width, max_size=width), max_size=5))
+    rows = data.draw(st.lists(st.lists(cells, min_size=width, max_size=width), max_size=5))
     text = io.StringIO(newline="")
-    writer = csv.writer(
-        text,
-        lineterminator=data.draw(st.sampled_from(["\n", "\r\n"])),
-        quoting=data.draw(st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL])),
-    )
+    writer = csv.writer(text, lineterminator=line_end, quoting=quoting)
     writer.writerows([columns, *rows])
 
     made = ok(account.upload("\ufeff" + text.getvalue()), 201)

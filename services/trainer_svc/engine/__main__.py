@@ -6,6 +6,8 @@ both cases, so what a launcher reads is the `failed` event.
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
 import time
@@ -15,11 +17,10 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from svc_kit.parent_death import die_with_command
-from trainer_svc.engine.device import make_deterministic
+from trainer_svc.engine.device import is_out_of_memory, make_deterministic
 from trainer_svc.engine.errors import JOB_FAULT_EXIT_CODE, Fault, JobFault, OutOfMemory, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog
-from trainer_svc.engine.gradients import is_out_of_memory
-from trainer_svc.engine.process_group import ProcessGroup, join_process_group, leave_process_group
+from trainer_svc.engine.process_group import ProcessGroup, join_process_group
 from trainer_svc.engine.run_spec import RunSpec, read_run_spec
 from trainer_svc.engine.train import train
 
@@ -42,10 +43,13 @@ def main(arguments: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     make_deterministic()
     group = join_process_group()
-    try:
-        return run(spec, group)
-    finally:
-        leave_process_group()
+    exit_code = run(spec, group)
+    if group.world_size > 1:
+        # To leave a group in good order takes all its processes, and the others may be elsewhere.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
 
 
 def run(spec: RunSpec, group: ProcessGroup) -> int:
@@ -63,28 +67,43 @@ def run(spec: RunSpec, group: ProcessGroup) -> int:
     except Stopped:
         pass
     except JobFault as error:
-        return _fail(events, group, str(error), "job")
+        return _fail(spec, events, group, str(error), "job")
     except OutOfMemory as error:
-        return _fail(events, group, str(error), "memory", tokens_per_pass=error.tokens_per_pass)
+        return _fail(spec, events, group, str(error), "memory", tokens_per_pass=error.tokens_per_pass)
     except Exception as error:
         if is_out_of_memory(error):
             message = (
                 "the memory is too small for the model and its training state; train a smaller base model"
             )
-            return _fail(events, group, message, "job")
+            return _fail(spec, events, group, message, "job")
         traceback.print_exc()
-        return _fail(events, group, f"{type(error).__name__}: {error}", "platform")
+        return _fail(spec, events, group, f"{type(error).__name__}: {error}", "platform")
     finally:
         events.close()
     return 0
 
 
-def _fail(events: EventLog, group: ProcessGroup, message: str, fault: Fault, **facts: int) -> int:
-    events.write("failed", message, fault=fault, **facts)
-    if not group.is_first:
-        # torchrun kills all processes once one has ended, and the first may still be writing its event.
-        time.sleep(_FIRST_RANK_REPORTS_SECONDS)
-    return JOB_FAULT_EXIT_CODE if fault == "job" else 1
+def _fail(
+    spec: RunSpec, events: EventLog, group: ProcessGroup, message: str, fault: Fault, **facts: int
+) -> int:
+    """Writes the `failed` event, and returns the exit code."""
+    exit_code = JOB_FAULT_EXIT_CODE if fault == "job" else 1
+    if group.is_first:
+        events.write("failed", message, fault=fault, **facts)
+        return exit_code
+    # torchrun kills all processes once one has ended, and the first may still be writing its event. Or it
+    # waits for this one, and knows of nothing.
+    time.sleep(_FIRST_RANK_REPORTS_SECONDS)
+    if not _has_failed(spec.output_dir):
+        own = EventLog(spec.output_dir)
+        own.write("failed", message, fault=fault, **facts)
+        own.close()
+    return exit_code
+
+
+def _has_failed(output_dir: Path) -> bool:
+    lines = (output_dir / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
+    return any(json.loads(line)["kind"] == "failed" for line in lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,7 +66,7 @@ def add_adapters(model: PreTrainedModel, method: LoraMethod, extras: Extras, bas
 def _check_no_zero_rows(model: PreTrainedModel, modules: list[str]) -> None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in modules and isinstance(module, nn.Linear):
-            num_zero_rows = int((module.weight.detach().norm(dim=1) == 0).sum())
+            num_zero_rows = int((dequantize_module_weight(module).detach().norm(dim=1) == 0).sum())
             if num_zero_rows:
                 raise JobFault(
                     f"lora_variant dora divides by the norm of each row of {name}, and {num_zero_rows} of "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
+
+from torch import nn
 
 from trainer_svc.engine.errors import JobFault
 
@@ -24,3 +27,9 @@ def bitsandbytes_for(setting: str) -> Any:
             f"{setting} needs bitsandbytes, which isn't installed on this trainer: "
             "its operator can run `pip install bitsandbytes`"
         ) from error
+
+
+def num_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds: in 4 bits, two lie in each byte."""
+    quantized = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantized is None else math.prod(quantized.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import time
@@ -11,6 +12,7 @@ import torch
 # Large enough for the device to reach its peak, small enough to take a moment.
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _TRIES = 4
+_MEMORY_IS_FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def matrix_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -40,6 +42,21 @@ def total_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     pages, page_bytes = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
     return pages * page_bytes
+
+
+def free_unused_memory(device: torch.device) -> None:
+    """Gives back what nothing refers to any more. Models refer to themselves, so it has to be looked for."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's or the host's memory is full."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's allocator for the CPU, CUDA itself and its libraries raise plain RuntimeErrors.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_IS_FULL)
 
 
 def device_name(device: torch.device) -> str:

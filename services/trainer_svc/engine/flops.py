@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from trainer_svc.engine.bitsandbytes import num_weights
 from trainer_svc.engine.examples import Example
 
 
@@ -45,7 +46,7 @@ class FlopCounts:
             if parameter.ndim < 2:
                 continue
             # Two for the product, two for its input's gradient, two for its own.
-            flops = parameter.numel() * (6.0 if parameter.requires_grad else 4.0)
+            flops = num_weights(parameter) * (6.0 if parameter.requires_grad else 4.0)
             if id(parameter) in heads:
                 per_target += flops
             elif id(parameter) not in embeddings:

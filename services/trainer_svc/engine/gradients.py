@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
+from trainer_svc.engine.device import free_unused_memory, is_out_of_memory
 from trainer_svc.engine.errors import JobFault, OutOfMemory
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import Example
@@ -142,8 +143,7 @@ class GradientComputer:
                 assert result is not None
                 return result
             self._workload.optimizer.zero_grad(set_to_none=True)
-            if self._group.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_unused_memory(self._group.device)
             self._tokens_per_pass = self._smaller_passes(rows)
             self._events.log(
                 f"out of memory: the step is computed again in passes of at most {self._tokens_per_pass:,} "
@@ -160,9 +160,3 @@ class GradientComputer:
                 "max_sequence_length, or train a smaller base model"
             )
         return max(largest_pass // 2, longest)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU's or the host's memory is full."""
-    # PyTorch's allocator for the CPU raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -231,7 +231,10 @@ def packed_attention(
     assert attention_mask is None
     if dropout == 0.0:
         heads_1NSD = torch.cat((query * scaling, key, value), dim=1)
-        segments = Segments.of(segment_lengths, query.device, query.dtype)
+        # Where weights learn, the rotary embedding is float32; autocast knows nothing of what follows.
+        if torch.is_autocast_enabled(heads_1NSD.device.type):
+            heads_1NSD = heads_1NSD.to(torch.get_autocast_dtype(heads_1NSD.device.type))
+        segments = Segments.of(segment_lengths, heads_1NSD.device, heads_1NSD.dtype)
         out_SHD = SegmentAttention.apply(heads_1NSD.squeeze(0).transpose(0, 1), key.shape[1], segments)
         assert isinstance(out_SHD, Tensor)
         return out_SHD.unsqueeze(0), None

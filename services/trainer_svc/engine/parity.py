@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer_svc.engine.adapters import load_adapters
 from trainer_svc.engine.base_model import load_base_model
+from trainer_svc.engine.device import is_out_of_memory
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.run_spec import MERGED_DIR, LoraMethod, RunSpec
 from trainer_svc.engine.setup import Workload
@@ -109,6 +110,8 @@ def _difference(
         adapted = model if adapter_dir is None else load_adapters(model, adapter_dir)
         logits = _logits(adapted, reference.rows, workload.dtype, device, packs_rows=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ParityError(f"the stored model can't be loaded: {error}") from error
     difference = max(
         _relative_difference(ours, theirs) for ours, theirs in zip(logits, reference.logits, strict=True)

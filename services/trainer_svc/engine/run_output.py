@@ -148,7 +148,7 @@ class RunOutput:
     def finish(self, state: TrainingState) -> None:
         """Writes the artifact, and holds it, as it was stored, against the trained model.
 
-        Every process must call it.
+        Every process must call it. The first does the work, which may take longer than others can wait.
 
         Raises:
             JobFault: the last steps made the weights, or what comes of them, no numbers to go by.
@@ -186,7 +186,6 @@ class RunOutput:
                 tokens_trained=state.tokens_trained,
                 parity_difference=difference,
             )
-        self._group.wait_for_all()
 
     def _make_room(self) -> None:
         """Frees the device of what was trained, for the check loads the model once more."""

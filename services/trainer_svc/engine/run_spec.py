@@ -5,6 +5,8 @@ Imports neither torch nor transformers, so that services can check a request aga
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -261,6 +263,14 @@ class RunSpec(_Spec):
         if self.extras.save_merged and self.train_log_file == MERGED_DIR:
             raise ValueError(f"a log file can't be called {MERGED_DIR}, as the merged model's folder is")
         return self
+
+
+def num_processes(torchrun_arguments: Sequence[str]) -> int:
+    """How many processes torchrun starts on a machine, when it's told so."""
+    for argument in torchrun_arguments:
+        if match := re.fullmatch(r"--nproc_per_node=(\d+)", argument):
+            return int(match[1])
+    return 1
 
 
 def read_run_spec(path: Path) -> RunSpec:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer_svc.engine.adapters import add_adapters, target_modules
 from trainer_svc.engine.base_model import compute_dtype, load_base_model
+from trainer_svc.engine.bitsandbytes import num_weights
 from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_checkpoint, read_training_state
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
@@ -102,7 +103,10 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     # Frozen weights can be held in the format of the products; weights that learn need float32, since most
     # updates are smaller than bfloat16's steps.
     weights_dtype = dtype if isinstance(spec.method, LoraMethod) else torch.float32
-    base = load_base_model(spec.base_model_dir, weights_dtype, group.device, spec.extras)
+    # Weights to be sharded may be too many for one device; it gets them a layer at a time.
+    is_sharded = isinstance(spec.method, FullMethod) and group.world_size > 1
+    place = torch.device("cpu") if is_sharded else group.device
+    base = load_base_model(spec.base_model_dir, weights_dtype, place, spec.extras)
     longest = spec.extras.max_sequence_length or base.context_length
     if longest > base.context_length:
         raise JobFault(
@@ -120,7 +124,9 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
         layers = "hand-written layers"
     elif spec.extras.compile:
         for layer in decoder_layers(base.model):
-            layer.compile(dynamic=True)
+            # Attention to packed rows would be compiled anew for each number of rows.
+            part = layer.get_submodule("mlp") if base.packs_rows else layer
+            part.compile(dynamic=True)
     if spec.extras.compile:
         layers += " by torch.compile, the first steps up to two minutes longer"
     if isinstance(spec.method, FullMethod):
@@ -242,7 +248,7 @@ def _start_state(spec: RunSpec, plan: Plan, training: ExampleSet) -> TrainingSta
 
 
 def _log_facts(workload: Workload, spec: RunSpec, group: ProcessGroup, layers: str, events: EventLog) -> None:
-    total = sum(parameter.numel() for parameter in workload.model.parameters())
+    total = sum(num_weights(parameter) for parameter in workload.model.parameters())
     trainable = sum(parameter.numel() for parameter in workload.trainable)
     dtype = str(workload.dtype).removeprefix("torch.")
     plan = workload.plan

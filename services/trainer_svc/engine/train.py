@@ -14,7 +14,12 @@ from peft.helpers import disable_input_dtype_casting
 
 from trainer_svc.engine.artifact import ARTIFACT_DIR
 from trainer_svc.engine.checkpoint import CheckpointMark, TrainingState
-from trainer_svc.engine.device import make_deterministic, matrix_peak_flops, peak_memory_bytes
+from trainer_svc.engine.device import (
+    free_unused_memory,
+    make_deterministic,
+    matrix_peak_flops,
+    peak_memory_bytes,
+)
 from trainer_svc.engine.errors import Diverged, JobFault, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog, Subscriber, format_duration, plain_log
 from trainer_svc.engine.examples import Example
@@ -99,6 +104,7 @@ def train(spec: RunSpec, group: ProcessGroup, events: EventLog) -> None:
         if way_back is not None:
             # Prepared anew rather than rolled back: the same path as a resumed run's, which is tested.
             spec = spec.model_copy(update={"resume_from": way_back.checkpoint})
+            free_unused_memory(group.device)
             workload = prepare(spec, group, events)
             _run(spec, group, events, replace(workload, start=way_back.start(workload.start)), goes_back=True)
 

@@ -79,6 +79,25 @@ def test_adapters_learn_on_weights_in_4_bits(
 
 
 @pytest.mark.usefixtures("_quantizes_on_the_cpu")
+def test_dora_on_weights_in_4_bits(make_spec: MakeSpec, run_engine: Any) -> None:
+    done = run_engine(
+        make_spec(extras={"dtype": "float32", "quantize_base": "nf4", "lora_variant": "dora"}, max_steps=2)
+    )
+    assert done.of_kind("finished")
+
+
+@pytest.mark.usefixtures("_quantizes_on_the_cpu")
+def test_weights_in_4_bits_are_counted_one_by_one(make_spec: MakeSpec, run_engine: Any) -> None:
+    def said(name: str, quantize_base: str) -> int:
+        done = run_engine(make_spec(name, extras={"quantize_base": quantize_base}, max_steps=1))
+        [parameters] = [event["parameters"] for event in done.of_kind("log") if "parameters" in event]
+        assert isinstance(parameters, int)
+        return parameters
+
+    assert said("quantized", "nf4") == said("whole", "none")
+
+
+@pytest.mark.usefixtures("_quantizes_on_the_cpu")
 def test_a_resumed_run_on_weights_in_4_bits_is_the_undisturbed_one(
     make_spec: MakeSpec, run_engine: Any
 ) -> None:

@@ -11,7 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.layers import projection, segment_attention
@@ -23,7 +30,7 @@ from trainer_svc.engine.layers.packed_weight import PackedWeight
 from trainer_svc.engine.layers.projection import Projection
 from trainer_svc.engine.layers.speed_up import is_fast, speed_up
 from trainer_svc.engine.loss import summed_loss
-from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, make_pack
+from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, make_pack, packed_attention
 
 # peft's own: it warns of merging an adapter of the tied output head.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -332,6 +339,23 @@ def test_bfloat16_is_near_float32(method: str) -> None:
         return (difference / sum(float(g.square().sum()) for g in exact_gradients.values())) ** 0.5
 
     assert error(gradients(model)) < 2.5 * error(usual_gradients)
+
+
+def test_bfloat16_where_weights_learn_that_are_not_covered() -> None:
+    """Their activations come to the attention in several number formats."""
+    examples = make_examples(40, 30)
+    model = make_model(LlamaConfig(**SIZES, hidden_act="gelu"))
+    assert not speed_up(model, torch.bfloat16)
+    exact = padded_reference_loss(model, examples)
+    exact.backward()
+    expected = gradients(model)
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    loss = summed_loss(model, make_pack(examples, CPU), torch.bfloat16, packs_rows=True)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=3e-3)
+    for name, gradient in gradients(model).items():
+        assert torch.dist(gradient, expected[name]) < 0.1 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])

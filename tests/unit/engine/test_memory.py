@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from tests.unit.engine.conftest import read_run
+from tests.unit.engine.ranks import in_ranks
+from trainer_svc.engine import __main__ as engine_main
 from trainer_svc.engine import passes
+from trainer_svc.engine.device import is_out_of_memory
 from trainer_svc.engine.errors import JobFault
-from trainer_svc.engine.gradients import is_out_of_memory
+from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.run_spec import RunSpec
 
 MakeSpec = Callable[..., RunSpec]
@@ -84,11 +90,31 @@ def test_one_row_that_does_not_fit_ends_the_run(
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("shapes don't match"), False),
     ],
 )
 def test_errors_of_a_full_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def fail_in_the_second_process(group: ProcessGroup, spec: RunSpec) -> None:
+    if group.rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_main, "_FIRST_RANK_REPORTS_SECONDS", 0.1)
+            patch.setattr(passes, "summed_loss", Mock(side_effect=torch.OutOfMemoryError("full")))
+            os._exit(engine_main.run(spec, group))
+    engine_main.run(spec, group)
+
+
+def test_a_second_processs_full_memory_is_told_of(make_spec: MakeSpec) -> None:
+    """The first one waits for it meanwhile, and knows nothing."""
+    spec = make_spec(method={"kind": "full", "activation_checkpointing": False})
+    assert not in_ranks(2, fail_in_the_second_process, spec)
+    [failed, *_] = read_run(spec.output_dir).of_kind("failed")
+    assert failed["fault"] == "memory"
+    assert failed["tokens_per_pass"] > 0
 
 
 def test_other_errors_pass(make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -181,3 +182,11 @@ def test_the_engines_own_attention_does_not_vouch_for_itself(
     monkeypatch.setattr(parity, "load_base_model", watched)
     run_engine(make_spec())
     assert loaded[-1].model.config._attn_implementation == "sdpa"
+
+
+def test_a_full_memory_says_nothing_of_the_model(
+    make_spec: MakeSpec, run_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "load_base_model", Mock(side_effect=torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_engine(make_spec(max_steps=1))

@@ -15,12 +15,19 @@ from torch import Tensor
 
 from trainer_svc.engine.layers.elementwise import PLAIN, Elementwise
 
+# Of inputs, for each of which a function is compiled: two or three dimensions, numbers of threads.
+_MOST_KINDS = 64
+
 
 @functools.cache
 def compiled() -> Elementwise:
     """The functions of `elementwise.py` by torch.compile; numbers differ within rounding."""
     functions = PLAIN._replace(rotate=_rotate, swiglu_backward=_swiglu_backward)
-    return Elementwise._make(torch.compile(function, fullgraph=True, dynamic=True) for function in functions)
+    return Elementwise._make(
+        # Its stub doesn't know of the limit.
+        torch.compile(function, fullgraph=True, dynamic=True, recompile_limit=_MOST_KINDS)  # type: ignore[call-overload]
+        for function in functions
+    )
 
 
 # Those of `elementwise.py` write into parts of tensors by `out=`, which torch.compile doesn't take.

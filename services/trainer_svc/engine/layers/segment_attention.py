@@ -13,7 +13,8 @@ heads, N = H + 2K, E width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -61,8 +62,10 @@ class Segments:
 
 
 def uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention of this kind is flash attention."""
-    return device.type == "cuda" and dtype != torch.float32
+    """Whether attention of this kind is flash attention, whose kernels need the Ampere generation."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def attend(
@@ -264,24 +267,39 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     query_SHE, key_SKE, value_SKE, out_SHE, log_sum_exp, rng_state = kept
     longest = max(segments.lengths)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        grad_SHE.contiguous(),
-        query_SHE,
-        key_SKE,
-        value_SKE,
-        out_SHE,
-        log_sum_exp,
-        segments.cumulative,
-        segments.cumulative,
-        longest,
-        longest,
-        0.0,
-        True,
-        rng_state,
-        torch.empty(0, device=grad_SHE.device),
-        scale=1.0,
-    )
+    with _same_bits():
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad_SHE.contiguous(),
+            query_SHE,
+            key_SKE,
+            value_SKE,
+            out_SHE,
+            log_sum_exp,
+            segments.cumulative,
+            segments.cumulative,
+            longest,
+            longest,
+            0.0,
+            True,
+            rng_state,
+            torch.empty(0, device=grad_SHE.device),
+            scale=1.0,
+        )
     return gradients
+
+
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """Has flash attention's backward pass add up in one order, if algorithms are to be deterministic.
+
+    Where torch is told to warn only, it warns and adds up as it comes.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error" if mode else "default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 class SegmentAttention(torch.autograd.Function):
