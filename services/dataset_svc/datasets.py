@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 _DATASET_ID = re.compile(r"ds-[a-z2-7]{20}")
 _ASK_SECONDS = 10
+# Databases take so many values in a statement, and no more than some ten thousands.
+_HOLDS_AT_ONCE = 1000
 # A hold comes before its job: for so long the job may still be on its way into the database.
 _YOUNG = dt.timedelta(seconds=60)
 _ABANDONED = dt.timedelta(hours=24)
@@ -60,11 +62,11 @@ class Datasets:
         self._job_life = job_life
         self._issuer = issuer
 
-    async def begin(self, account_id: str, format_: Format) -> sa.Row[Any]:
+    async def begin(self, account_id: str, format_: Format, idempotency_key: str | None) -> sa.Row[Any]:
         """Notes an upload under way, so that what it leaves behind can be found; shown to nobody.
 
         Raises:
-            LimitReached: the account has as much as it may.
+            LimitReached: the account has as much as it may, and none with this key.
         """
         dataset_id = new_id("ds")
         insert = datasets.insert().values(
@@ -76,7 +78,12 @@ class Datasets:
             created_at=utc_now(),
         )
         async with self._database.write() as connection:
-            await self._check_limits(connection, account_id, more_bytes=1)
+            is_repeated = (
+                idempotency_key is not None
+                and (await connection.execute(_made_with(account_id, idempotency_key))).first()
+            )
+            if not is_repeated:
+                await self._check_limits(connection, account_id, more_bytes=1)
             return (await connection.execute(insert.returning(*datasets.c))).one()
 
     async def _check_limits(self, connection: AsyncConnection, account_id: str, more_bytes: int) -> None:
@@ -123,15 +130,10 @@ class Datasets:
                 created_at=utc_now(),
             )
         )
-        made_before = datasets.select().where(
-            datasets.c.account_id == account_id,
-            datasets.c.idempotency_key == idempotency_key,
-            datasets.c.status == "stored",
-        )
         async with self._database.write() as connection:
             await self._database.lock(connection, f"datasets of {account_id}")
             if idempotency_key is not None:
-                made = (await connection.execute(made_before)).one_or_none()
+                made = (await connection.execute(_made_with(account_id, idempotency_key))).one_or_none()
                 same = (upload.format, name, file.sha256)
                 if made is not None and (made.format, made.name, made.file_sha256) != same:
                     raise used_otherwise(idempotency_key)
@@ -223,23 +225,24 @@ class Datasets:
         async with self._database.read() as connection:
             query = holds.select().where(holds.c.dataset_id == dataset_id)
             held = {row.job_id: row.created_at for row in await connection.execute(query)}
-        if not held:
-            return
-        try:
-            answer = await self._job_life.FilterLiveJobs(
-                job_service_pb2.FilterLiveJobsRequest(job_ids=list(held)),
-                timeout=_ASK_SECONDS,
-                wait_for_ready=True,
-                metadata=self._issuer.own_metadata(),
-            )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        young = {job_id for job_id in answer.unknown_job_ids if utc_now() - held[job_id] < _YOUNG}
-        lapsed = held.keys() - set(answer.live_job_ids) - young
-        async with self._database.write() as connection:
-            await connection.execute(
-                holds.delete().where(holds.c.dataset_id == dataset_id, holds.c.job_id.in_(lapsed))
-            )
+        holders = list(held)
+        for start in range(0, len(holders), _HOLDS_AT_ONCE):
+            job_ids = holders[start : start + _HOLDS_AT_ONCE]
+            try:
+                answer = await self._job_life.FilterLiveJobs(
+                    job_service_pb2.FilterLiveJobsRequest(job_ids=job_ids),
+                    timeout=_ASK_SECONDS,
+                    wait_for_ready=True,
+                    metadata=self._issuer.own_metadata(),
+                )
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+            young = {job_id for job_id in answer.unknown_job_ids if utc_now() - held[job_id] < _YOUNG}
+            lapsed = set(job_ids) - set(answer.live_job_ids) - young
+            async with self._database.write() as connection:
+                await connection.execute(
+                    holds.delete().where(holds.c.dataset_id == dataset_id, holds.c.job_id.in_(lapsed))
+                )
 
     async def _remove(self, dataset_id: str) -> None:
         """Removes a dataset that nobody is shown: its bytes first, then its row."""
@@ -282,6 +285,14 @@ def reports_prefix(object_key: str) -> str:
     """Returns the beginning of the keys of a dataset's reports, which live as long as the dataset."""
     # Not below the dataset's own key: stores that are file systems can't have a folder of a file's name.
     return f"{object_key}.reports/"
+
+
+def _made_with(account_id: str, idempotency_key: str) -> sa.Select[Any]:
+    return datasets.select().where(
+        datasets.c.account_id == account_id,
+        datasets.c.idempotency_key == idempotency_key,
+        datasets.c.status == "stored",
+    )
 
 
 def _stored(account_id: str, dataset_id: str) -> sa.Select[Any]:

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
+import tenacity
+from minio.error import MinioException
+from urllib3.exceptions import HTTPError
+
 from dataset_svc.csv_rows import iter_csv_rows
 from dataset_svc.data_sources import DataSources
 from dataset_svc.datasets import Datasets
@@ -20,10 +24,12 @@ from dataset_svc.token_counts import RowSample, TokenCounts, count_tokens
 from dataset_svc.training_rows import CheckedRow, iter_csv_examples, iter_dialog_examples
 from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
+from svc_kit.ids import random_id
 from svc_kit.object_store import ObjectStore, account_prefix
 from trainer_svc.base_models import base_model_dir
 
 TRAINING, VALIDATION = "training", "validation"
+_REMOVAL_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ class JobData:
         self._models_dir = models_dir
 
     async def prepare(self, request: DataRequest) -> PreparedData:
-        """Copies and checks a job's data. Repeatable: the same objects are written again.
+        """Copies and checks a job's data. Repeatable: what is stored has a place of its own each time.
+
+        When cancelled nothing stays that only now reaches the store, after the job was swept.
 
         Raises:
             InvalidRequest: the data can't be read as what it should be.
@@ -102,16 +110,30 @@ class JobData:
             return prepared
 
     async def _store_results(self, request: DataRequest, folder: Path, prepared: PreparedData) -> None:
-        prefix = f"{account_prefix(request.account_id)}jobs/{request.job_id}/"
-        if prepared.num_bad_rows:
-            prepared.report_key = f"{prefix}error_report.json"
-            prepared.files.clear()
-            await self._store.put_file(prepared.report_key, folder / "report.json")
-            return
-        for use, file in prepared.files.items():
-            key = f"{prefix}data/{use}.jsonl"
-            await self._store.put_file(key, folder / f"{use}.jsonl")
-            prepared.files[use] = replace(file, object_key=key)
+        prefix = f"{account_prefix(request.account_id)}jobs/{request.job_id}/data/{random_id(8)}/"
+        try:
+            if prepared.num_bad_rows:
+                prepared.report_key = f"{prefix}error_report.json"
+                prepared.files.clear()
+                await self._store.put_file(prepared.report_key, folder / "report.json")
+                return
+            for use, file in prepared.files.items():
+                key = f"{prefix}{use}.jsonl"
+                await self._store.put_file(key, folder / f"{use}.jsonl")
+                prepared.files[use] = replace(file, object_key=key)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._remove(prefix))
+            raise
+
+    async def _remove(self, prefix: str) -> None:
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((MinioException, HTTPError)),
+            stop=tenacity.stop_after_delay(_REMOVAL_SECONDS),
+            wait=tenacity.wait_exponential(multiplier=0.2, max=5),
+            reraise=True,
+        ):
+            with attempt:
+                await self._store.delete_prefix(prefix)
 
 
 class _Conversion:

@@ -65,7 +65,7 @@ class Uploads:
             LimitReached: the account has as much as it may, or as many uploads under way.
             TooManyRequests: all accounts together have.
         """
-        async with self._draft(account_id, format_) as draft:
+        async with self._draft(account_id, format_, idempotency_key) as draft:
             form = UploadForm(
                 content_type,
                 lambda file_name: draft.start(check_file_name(file_name, (format_,))),
@@ -80,7 +80,7 @@ class Uploads:
                 await _discard_rest(chunks)
                 raise
             uploaded = await draft.in_thread(form.finish)
-            return await draft.commit(uploaded.name or uploaded.filename, idempotency_key)
+            return await draft.commit(uploaded.name or uploaded.filename)
 
     async def take_chunks(
         self,
@@ -113,7 +113,7 @@ class Uploads:
                 )
         format_ = check_file_name(file_name, ("csv", "jsonl"))
         received = 0
-        async with self._draft(account_id, format_) as draft:
+        async with self._draft(account_id, format_, idempotency_key) as draft:
             await draft.in_thread(partial(draft.start, format_))
             async for chunk in chunks:
                 received += len(chunk)
@@ -124,7 +124,7 @@ class Uploads:
                     "stored; send it again.",
                     field="header.size_bytes",
                 )
-            return await draft.commit((name or "").strip() or base_name_of(file_name), idempotency_key)
+            return await draft.commit((name or "").strip() or base_name_of(file_name))
 
     def open_file(self, format_: Format, object_key: str) -> IncomingFile:
         """Starts storing a file."""
@@ -145,7 +145,9 @@ class Uploads:
         return self._datasets
 
     @asynccontextmanager
-    async def _draft(self, account_id: str, format_: Format) -> AsyncIterator[_Draft]:
+    async def _draft(
+        self, account_id: str, format_: Format, idempotency_key: str | None
+    ) -> AsyncIterator[_Draft]:
         """Gives an upload its place; nobody waits for one, or uploads would block each other."""
         if self._under_way.total >= MAX_CONCURRENT_UPLOADS:
             raise TooManyRequests(f"{MAX_CONCURRENT_UPLOADS} uploads are under way; try again after a pause.")
@@ -155,7 +157,7 @@ class Uploads:
                 "one to end."
             )
         with self._under_way.one_more(account_id):
-            async with _Draft(self, account_id, format_) as draft:
+            async with _Draft(self, account_id, format_, idempotency_key) as draft:
                 yield draft
 
 
@@ -173,16 +175,19 @@ async def _discard_rest(chunks: AsyncIterator[bytes]) -> None:
 class _Draft:
     """An upload that is discarded unless it is committed."""
 
-    def __init__(self, uploads: Uploads, account_id: str, format_: Format) -> None:
+    def __init__(
+        self, uploads: Uploads, account_id: str, format_: Format, idempotency_key: str | None
+    ) -> None:
         self._uploads = uploads
         self._account_id = account_id
         self._format: Format = format_
+        self._idempotency_key = idempotency_key
         self._row: sa.Row[Any] | None = None
         self._file: IncomingFile | None = None
         self._is_over = False
 
     async def __aenter__(self) -> _Draft:
-        self._row = await self._uploads.datasets.begin(self._account_id, self._format)
+        self._row = await self._uploads.datasets.begin(self._account_id, self._format, self._idempotency_key)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -219,10 +224,10 @@ class _Draft:
         assert self._file is not None, "the file has started"
         self._file.write(data)
 
-    async def commit(self, name: str, idempotency_key: str | None) -> sa.Row[Any]:
+    async def commit(self, name: str) -> sa.Row[Any]:
         assert self._row is not None
         assert self._file is not None, "a finished form has a file"
         file: CheckedFile = await self.in_thread(self._file.finish)
-        row = await self._uploads.datasets.commit(self._row, name, file, idempotency_key)
+        row = await self._uploads.datasets.commit(self._row, name, file, self._idempotency_key)
         self._is_over = row.id == self._row.id
         return row

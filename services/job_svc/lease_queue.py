@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from job_svc import credits, estimates
 from job_svc.change_feed import QUEUE, SWEEP, ChangeFeed, job_topic
 from job_svc.job_plan import LARGEST_COUNT
 from job_svc.job_state import ENDED, JobStatus, move, one_line
-from job_svc.sweeper import attempt_prefix
+from job_svc.sweeper import SWEEP_AGAIN, attempt_prefix
 from job_svc.tables import checkpoints, events, jobs, models, turns
 from svc_kit.database import DATABASE_AWAY, Database, utc_now
 from svc_kit.errors import InvalidRequest, LeaseLost
@@ -99,13 +99,16 @@ class LeaseQueue:
     async def _take(self, trainer_id: str) -> sa.Row[Any] | None:
         if self._database.is_sqlite and not await self._is_any_queued():
             return None  # the usual case, without taking the write lock
+        passed_over: set[str] = set()
         while True:
             async with self._database.write() as connection:
-                account_id = await connection.scalar(_whose_turn(self._max_running_jobs))
+                account_id = await connection.scalar(_whose_turn(self._max_running_jobs, passed_over))
                 if account_id is None:
                     return None
                 if (row := await self._take_from(connection, account_id, trainer_id)) is not None:
                     return row
+            # Others take its last jobs, or have begun to and come to a halt.
+            passed_over.add(account_id)
 
     async def _is_any_queued(self) -> bool:
         query = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED).limit(1)
@@ -115,6 +118,12 @@ class LeaseQueue:
     async def _take_from(
         self, connection: AsyncConnection, account_id: str, trainer_id: str
     ) -> sa.Row[Any] | None:
+        if self._max_running_jobs is not None:
+            # One after the other, or each would count the jobs without the other's.
+            await self._database.lock(connection, f"turn of {account_id}")
+            num_running = await connection.scalar(_num_running(account_id))
+            if num_running is None or num_running >= self._max_running_jobs:
+                return None
         next_job = (
             sa.select(jobs.c.id, jobs.c.attempts)
             .where(jobs.c.status == JobStatus.QUEUED, jobs.c.account_id == account_id)
@@ -124,7 +133,7 @@ class LeaseQueue:
         )
         found = (await connection.execute(next_job)).one_or_none()
         if found is None:
-            return None  # others take its last ones just now
+            return None
         await self._note_turn(connection, account_id)
         attempt = found.attempts + 1
         line = f"training starts on {trainer_id}" + (f", attempt {attempt}" if attempt > 1 else "")
@@ -279,7 +288,9 @@ class LeaseQueue:
             "ends_epoch": bool(data["ends_epoch"]),
             "object_prefix": data["object_prefix"],
         }
-        # A resumed attempt may write a step's checkpoint again; the newest counts.
+        # After one of a later step, the run has gone back, or goes on from an earlier one: the newest counts.
+        later = sa.and_(checkpoints.c.job_id == job_id, checkpoints.c.step > int(data["step"]))
+        await connection.execute(checkpoints.delete().where(later))
         key = {"job_id": job_id, "step": int(data["step"])}
         await self._database.upsert(connection, checkpoints, key, values)
 
@@ -404,7 +415,7 @@ class LeaseQueue:
             if not is_own:
                 # An attempt that had lost its lease may have stored something after the sweep.
                 ended = sa.and_(jobs.c.id == job_id, jobs.c.status.in_(ENDED))
-                await connection.execute(jobs.update().where(ended).values(swept=False))
+                await connection.execute(jobs.update().where(ended).values(SWEEP_AGAIN))
                 stopped = jobs.update().where(ended, jobs.c.lease_token == lease_token)
                 is_own = (await connection.execute(stopped.values(lease_expires_at=None))).rowcount > 0
         self._feed.announce(job_topic(job_id), QUEUE, SWEEP)
@@ -420,7 +431,11 @@ class LeaseQueue:
         async with self._database.read() as connection:
             lost = list(await connection.execute(query))
         for row in lost:
+            # It may have been renewed, or have ended, since.
+            is_lost = sa.and_(jobs.c.id == row.id, jobs.c.lease_token == row.lease_token, condition)
             async with self._database.write() as connection:
+                if await connection.scalar(sa.select(jobs.c.id).where(is_lost).with_for_update()) is None:
+                    continue
                 await self._end_failed(connection, row.id, row.lease_token, message, "platform")
             self._feed.announce(job_topic(row.id), QUEUE, SWEEP)
 
@@ -449,8 +464,14 @@ class LeaseQueue:
                 listening_since = clock()  # nobody could renew a lease meanwhile
 
 
-def _whose_turn(max_running_jobs: int | None) -> sa.Select[Any]:
-    """The account that a job is to be taken from; no row where nothing waits.
+def _num_running(account_id: Any) -> sa.Select[Any]:
+    return sa.select(sa.func.count()).where(
+        jobs.c.status == JobStatus.RUNNING, jobs.c.account_id == account_id
+    )
+
+
+def _whose_turn(max_running_jobs: int | None, passed_over: Collection[str]) -> sa.Select[Any]:
+    """The account that a job is to be taken from; no row where nothing waits but what is passed over.
 
     Jumps through the index from one account to the next: it takes as long with ten thousand queued jobs as
     with one for each account.
@@ -465,12 +486,7 @@ def _whose_turn(max_running_jobs: int | None) -> sa.Select[Any]:
         .scalar_subquery()
     )
     accounts = accounts.union_all(sa.select(following).where(accounts.c.account_id.is_not(None)))
-    num_running = (
-        sa.select(sa.func.count())
-        .where(jobs.c.status == JobStatus.RUNNING, jobs.c.account_id == accounts.c.account_id)
-        .correlate(accounts)
-        .scalar_subquery()
-    )
+    num_running = _num_running(accounts.c.account_id).correlate(accounts).scalar_subquery()
     turn = (
         sa.select(accounts.c.account_id)
         .outerjoin(turns, turns.c.account_id == accounts.c.account_id)
@@ -478,6 +494,8 @@ def _whose_turn(max_running_jobs: int | None) -> sa.Select[Any]:
         .order_by(num_running, sa.nulls_first(turns.c.taken_at), accounts.c.account_id)
         .limit(1)
     )
+    if passed_over:
+        turn = turn.where(accounts.c.account_id.not_in(passed_over))
     return turn if max_running_jobs is None else turn.where(num_running < max_running_jobs)
 
 

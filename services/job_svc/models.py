@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from job_svc.sweeper import Sweeper
+from job_svc.sweeper import SWEEP_AGAIN, Sweeper
 from job_svc.tables import checkpoints, jobs, models
 from svc_kit.database import Database
 from svc_kit.errors import NotFound
@@ -69,5 +69,5 @@ class Models:
             if deleted.rowcount == 0:
                 raise NotFound(f"There is no model {model_id!r}.")
             await connection.execute(checkpoints.delete().where(checkpoints.c.job_id == model.job_id))
-            await connection.execute(jobs.update().where(jobs.c.id == model.job_id).values(swept=False))
+            await connection.execute(jobs.update().where(jobs.c.id == model.job_id).values(SWEEP_AGAIN))
         await self._sweeper.sweep_now(model.job_id)

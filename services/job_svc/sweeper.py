@@ -35,6 +35,9 @@ def attempt_prefix(job: sa.Row[Any]) -> str:
     return f"{job_prefix(job.account_id, job.id)}attempt-{job.attempts}/"
 
 
+SWEEP_AGAIN = {"swept": False, "sweeps_asked_for": jobs.c.sweeps_asked_for + 1}
+
+
 class Sweeper:
     """Sweeps ended jobs. Repeatable, and safe in several replicas."""
 
@@ -50,8 +53,8 @@ class Sweeper:
                 changes.clear()
                 try:
                     for job in await self._due():
-                        await self._sweep(job)
-                except (MinioException, HTTPError, *DATABASE_AWAY) as error:
+                        await self._sweep_patiently(job)
+                except DATABASE_AWAY as error:
                     log.warning("the sweep was interrupted; it is tried again", cause=str(error))
                 await changes.wait(_POLL_SECONDS)
 
@@ -59,10 +62,16 @@ class Sweeper:
         """Sweeps one job if it is due; where the store can't be reached, `run` does it later."""
         try:
             for job in await self._due(job_id):
-                await self._sweep(job)
-        except (MinioException, HTTPError, *DATABASE_AWAY) as error:
+                await self._sweep_patiently(job)
+        except DATABASE_AWAY as error:
             log.warning("the sweep was interrupted; it is tried again", cause=str(error))
-            self._feed.announce(SWEEP)
+
+    async def _sweep_patiently(self, job: sa.Row[Any]) -> None:
+        """Sweeps a job. One whose objects can't be removed must not keep others from it."""
+        try:
+            await self._sweep(job)
+        except (MinioException, HTTPError) as error:
+            log.warning("a job can't be swept for now", job_id=job.id, cause=str(error))
 
     async def _due(self, job_id: str | None = None) -> list[sa.Row[Any]]:
         """Returns ended jobs to sweep: only those that no trainer and no validation can still write to."""
@@ -88,5 +97,7 @@ class Sweeper:
         stored = await self._store.list(job_prefix(job.account_id, job.id))
         await self._store.delete_all(item.key for item in stored if not item.key.startswith(tuple(kept)))
         await self._store.abort_uploads(job_prefix(job.account_id, job.id))
+        # Asked for again meanwhile, it is done again: something may be stored, or no longer named, since.
+        is_done = sa.and_(jobs.c.id == job.id, jobs.c.sweeps_asked_for == job.sweeps_asked_for)
         async with self._database.write() as connection:
-            await connection.execute(jobs.update().where(jobs.c.id == job.id).values(swept=True))
+            await connection.execute(jobs.update().where(is_done).values(swept=True))

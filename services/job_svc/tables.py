@@ -33,6 +33,7 @@ jobs = sa.Table(
     sa.Column("ended_at", UtcTime),
     # The validation worker's claim, and a trainer's lease.
     sa.Column("claimed_until", UtcTime),
+    sa.Column("failing_since", UtcTime),  # the first of the validation's tries in vain
     sa.Column("leased_by", sa.String(200)),
     sa.Column("lease_token", sa.String(40)),
     sa.Column("lease_expires_at", UtcTime),
@@ -64,6 +65,8 @@ jobs = sa.Table(
     sa.Column("credits_held", sa.BigInteger),
     sa.Column("credits_charged", sa.BigInteger),
     sa.Column("swept", sa.Boolean, nullable=False, server_default=sa.false()),
+    # So that a sweep under way, which may have passed by what this one is for, doesn't count for it.
+    sa.Column("sweeps_asked_for", sa.Integer, nullable=False, server_default="0"),
     sa.Index("jobs_by_account", "account_id", "number"),
     sa.Index("jobs_by_status", "status", "number"),
     sa.Index("jobs_by_lessee", "leased_by", "status"),

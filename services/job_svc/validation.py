@@ -17,7 +17,7 @@ from job_svc.job_data_client import JobDataClient
 from job_svc.job_state import JobStatus, move, write_line
 from job_svc.jobs import planned_tokens
 from job_svc.tables import jobs
-from svc_kit.database import DATABASE_AWAY, Database, utc_now
+from svc_kit.database import DATABASE_AWAY, Database, UtcTime, utc_now
 from svc_kit.errors import InsufficientCredits, TuneryError
 from svc_kit.log import working_for
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
@@ -146,11 +146,20 @@ class Validator:
     async def _fail_or_wait(self, job: sa.Row[Any], error: TuneryError) -> None:
         if error.http_status < 500:
             await self._fail(job, error.message, "job", None)
-        elif utc_now() - job.created_at > _GIVE_UP_AFTER:
+        elif utc_now() - await self._failing_since(job.id) > _GIVE_UP_AFTER:
             await self._fail(job, error.message, "platform", None)
         else:
             log.warning("the job's data can't be prepared for now", job_id=job.id, cause=error.message)
             await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _failing_since(self, job_id: str) -> dt.datetime:
+        """Returns when the first try failed. The job's age says nothing: the stack may have been down."""
+        since = sa.func.coalesce(jobs.c.failing_since, sa.bindparam("now", type_=UtcTime))
+        note = jobs.update().where(jobs.c.id == job_id).values(failing_since=since)
+        async with self._database.write() as connection:
+            noted = await connection.execute(note.returning(jobs.c.failing_since), {"now": utc_now()})
+            failing_since: dt.datetime = noted.scalar_one()
+        return failing_since
 
     async def _enqueue(self, job: sa.Row[Any], data: data_pb2.PrepareJobDataResponse) -> None:
         values: dict[str, Any] = {

@@ -20,7 +20,14 @@ from sqlalchemy.types import TypeDecorator
 SQLITE_BUSY_SECONDS = 10
 POSTGRES_CONNECT_SECONDS = 5
 # What SQLAlchemy raises when the database can't be reached, went away, or has no connection free.
-DATABASE_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+DATABASE_AWAY = (
+    sa.exc.OperationalError,
+    sa.exc.InterfaceError,
+    sa.exc.InternalError,  # a transaction that PostgreSQL has ended
+    sa.exc.TimeoutError,
+)
+# What a process that stopped, or whose machine is gone, holds locked in PostgreSQL must not stop all others.
+_POSTGRES_OPTIONS = "-c idle_in_transaction_session_timeout=10s -c lock_timeout=8s"
 
 
 class UtcTime(TypeDecorator[dt.datetime]):
@@ -141,7 +148,10 @@ def _postgres_engine(url: str) -> AsyncEngine:
         pool_size=20,
         max_overflow=20,
         pool_timeout=5,
-        connect_args={"connect_timeout": POSTGRES_CONNECT_SECONDS},
+        connect_args={
+            "connect_timeout": POSTGRES_CONNECT_SECONDS,
+            "options": f"{sa.make_url(url).query.get('options', '')} {_POSTGRES_OPTIONS}".strip(),
+        },
     )
 
 

@@ -32,9 +32,14 @@ _SIZE_OPTIONS = (
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 )
+# A peer that vanished without a word is noticed within a minute, and calls that wait for it end.
+_PING_MS = 20_000
+_PING_ANSWER_MS = 20_000
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_SIZE_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second process on the port is an error, not a load balancer
+    # Pings as often as channels send them are welcome.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MS // 2),
 )
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     *_SIZE_OPTIONS,
@@ -42,6 +47,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # A service that was restarted is found again within a second, not after gRPC's usual 20.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", _PING_MS),
+    ("grpc.keepalive_timeout_ms", _PING_ANSWER_MS),
+    ("grpc.http2.max_pings_without_data", 0),
     # A proxy configured for the way out must not be asked for the stack's own services.
     ("grpc.enable_http_proxy", 0),
 )

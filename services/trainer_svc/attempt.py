@@ -85,20 +85,23 @@ class Attempt:
         self._checkpoints: list[tuple[int, Path]] = []  # steps and folders: stored, and still on the disk
         self._transfers: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         """Trains the job and ends the attempt at job_svc.
 
         A lost lease (the job was cancelled, or went to another trainer) stops the run and says so to
         job_svc. When cancelled, has the run write a last checkpoint and hands the job back.
+
+        Returns:
+            Whether the attempt failed and the job is not to blame.
         """
         outcome = await self._train_while_leased()
         self._spool.close()
         match outcome:
             case None:
                 log.info("the lease is lost; the run was stopped", job_id=self._lease.job_id)
-                await self._client.end_attempt(
-                    self._lease, handed_back=worker_pb2.HandedBack(reason="the run was stopped"), once=True
-                )
+                # Only then what it still stored is looked for.
+                stopped = worker_pb2.HandedBack(reason="the run was stopped")
+                await self._client.end_attempt(self._lease, handed_back=stopped, once=self._is_told_to_stop)
             case RunStopped():
                 handed_back = worker_pb2.HandedBack(reason="the trainer was stopped")
                 await self._client.end_attempt(self._lease, handed_back=handed_back, once=True)
@@ -109,6 +112,7 @@ class Attempt:
                 await self._client.end_attempt(self._lease, completed=outcome, once=self._is_told_to_stop)
         if self._is_told_to_stop:
             raise asyncio.CancelledError
+        return isinstance(outcome, RunFailed) and outcome.fault == "platform"
 
     async def _train_while_leased(self) -> worker_pb2.Completed | RunFailed | RunStopped | None:
         """Returns what came of the run; None when the lease was lost."""
@@ -176,6 +180,7 @@ class Attempt:
                 return await self._run(spec)
             except MemoryFull as full:
                 await self._settle()
+                await self._stop()  # or two would share the memory
                 spec |= {"tokens_per_pass": full.tokens_per_pass}
                 if self._checkpoints:
                     spec["resume_from"] = str(self._checkpoints[-1][1])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from google.protobuf import json_format
 
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
 SPOOL_FILE = "events.spool"
+
+_Message = TypeVar("_Message", worker_pb2.Lease, worker_pb2.Event)
 
 
 class EventSpool:
@@ -28,9 +32,11 @@ class EventSpool:
             OSError: it can't be read and written.
             ValueError: its first line is damaged.
         """
-        self._writer = path.open("ab")
-        self._reader = path.open("rb")
-        self.lease = json_format.Parse(self._reader.readline(), worker_pb2.Lease())
+        with ExitStack() as opened:
+            self._writer = opened.enter_context(path.open("ab"))
+            self._reader = opened.enter_context(path.open("rb"))
+            self.lease = _parse(self._reader.readline(), worker_pb2.Lease())
+            opened.pop_all()
         self._position = self._reader.tell()
 
     @classmethod
@@ -46,12 +52,16 @@ class EventSpool:
         self._writer.flush()
 
     def peek(self, most: int) -> tuple[list[worker_pb2.Event], int]:
-        """Returns the oldest events that aren't acknowledged, and the position after them."""
+        """Returns the oldest events that aren't acknowledged, and the position after them.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
         self._reader.seek(self._position)
         events: list[worker_pb2.Event] = []
         # A line without its end was being written when its process died.
         while len(events) < most and (line := self._reader.readline()).endswith(b"\n"):
-            events.append(json_format.Parse(line, worker_pb2.Event()))
+            events.append(_parse(line, worker_pb2.Event()))
         return events, self._reader.tell()
 
     def acknowledge(self, position: int) -> None:
@@ -62,6 +72,13 @@ class EventSpool:
         """Closes the file."""
         self._reader.close()
         self._writer.close()
+
+
+def _parse(line: bytes, message: _Message) -> _Message:
+    try:
+        return json_format.Parse(line, message)
+    except json_format.ParseError as error:
+        raise ValueError(f"a damaged line: {line[:100]!r}") from error
 
 
 def _line(message: worker_pb2.Lease | worker_pb2.Event) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from svc_kit.catalog import Catalog
-from svc_kit.errors import TuneryError
+from svc_kit.errors import LeaseLost, TuneryError
 from svc_kit.log import working_for
 from svc_kit.object_store import ObjectStore
 from trainer_svc.attempt import Attempt
@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 _WAIT_SECONDS = 20.0
 _CALL_MARGIN_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
 _CHECKED_BYTES = 4 * 1024 * 1024
 _FULL_DISK_PAUSE_SECONDS = 2.0
 
@@ -51,6 +52,7 @@ class Worker:
         self._probes = probes
         self._work_dir = work_dir
         self._drain_seconds = drain_seconds
+        self._faults_in_a_row = 0
 
     async def run(self) -> None:
         """Works until cancelled; a run under way is handed back then."""
@@ -75,23 +77,37 @@ class Worker:
         except OSError as error:
             log.error("the job is handed back: the disk takes no more", cause=str(error))
             reason = f"the trainer can't write to its disk ({error.strerror})"
+            shutil.rmtree(folder, ignore_errors=True)
             await self._client.end_attempt(lease, handed_back=worker_pb2.HandedBack(reason=reason))
             return
         try:
-            await attempt.run()
+            is_own_fault = await attempt.run()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         log.info("attempt ended", attempt=lease.attempt)
+        self._faults_in_a_row = self._faults_in_a_row + 1 if is_own_fault else 0
+        if is_own_fault:
+            # Another trainer may do better. What is wrong here could fail every job of the queue in turn.
+            await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._faults_in_a_row, _LONGEST_PAUSE_SECONDS))
 
     async def _clear_work_dir(self) -> None:
         """Sends what a killed trainer had not sent, and removes what it left."""
         for path in self._work_dir.glob(f"*/{SPOOL_FILE}"):
             try:
                 with closing(EventSpool(path)) as spool:
-                    await send(self._client, spool)
-            except (TuneryError, ValueError) as error:
+                    await self._send_rest(spool)
+            except (TuneryError, ValueError, OSError) as error:
                 log.info("events of a former attempt are dropped", path=str(path), cause=str(error))
         shutil.rmtree(self._work_dir, ignore_errors=True)
+
+    async def _send_rest(self, spool: EventSpool) -> None:
+        try:
+            await send(self._client, spool)
+        except LeaseLost:
+            # What the killed trainer was storing may have come after the job was swept.
+            stopped = worker_pb2.HandedBack(reason="the run was stopped")
+            await self._client.end_attempt(spool.lease, handed_back=stopped)
+            raise
 
     async def _lease(self) -> worker_pb2.Lease | None:
         try:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from svc_kit.database import Database
 from svc_kit.ids import new_id
+from tests.conftest import new_postgres_database
 from tunery.job.v1 import job_pb2, job_service_pb2
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
 
-from .conftest import Metadata, Services
+from .conftest import Metadata, Services, own_services
 from .test_worker_protocol import end
 
 
@@ -85,3 +94,49 @@ async def test_a_jobs_priority_is_shown_and_bounded(services: Services) -> None:
     request = job_service_pb2.GetJobDetailsRequest(job_id=job_id)
     assert (await services.jobs.GetJobDetails(request, metadata=account)).priority == 3
     await take_all(services, 1, one_by_one=True)
+
+
+@pytest.mark.parametrize("service_processes", ["postgresql"], indirect=True)
+async def test_an_account_whose_job_another_has_locked_is_passed_over(services: Services) -> None:
+    """By a replica that has come to a halt, say: the others' jobs don't wait for it."""
+    locked = await new_jobs(services, services.account(), 0)
+    free = await new_jobs(services, services.account(), 0)
+    url = services.environment["TUNERY_DATABASE_URL"].replace("+psycopg", "")
+    with psycopg.connect(url) as halted:
+        halted.execute("SELECT id FROM jobs WHERE id = %s FOR UPDATE", locked)
+        async with asyncio.timeout(20):
+            assert await take_all(services, 1, one_by_one=True) == free
+    assert await take_all(services, 1, one_by_one=True) == locked
+
+
+@pytest.mark.parametrize("service_processes", ["postgresql"], indirect=True)
+async def test_trainers_that_ask_at_once_keep_to_the_limit(
+    service_processes: Services, postgres_url: str, tmp_path: Path
+) -> None:
+    services = own_services(
+        service_processes,
+        TUNERY_MAX_RUNNING_JOBS="1",
+        TUNERY_DATABASE_URL=new_postgres_database(postgres_url),
+    )
+    with services.running("dataset_svc", tmp_path), services.running("job_svc", tmp_path):
+        waiting = await new_jobs(services, services.account(), *[0] * 5)
+        for _ in range(len(waiting)):
+            asked = [services.lease(new_id("trainer"), wait_seconds=0.2) for _ in range(8)]
+            [lease] = [lease for lease in await asyncio.gather(*asked) if lease is not None]
+            await end_one(services, lease)
+        await services.close()
+
+
+async def test_what_a_halted_process_holds_in_postgresql_is_freed(postgres_url: str) -> None:
+    url = sa.make_url(new_postgres_database(postgres_url)).update_query_dict(
+        {"options": "-c statement_timeout=7s"}
+    )
+    database = Database(url.render_as_string(hide_password=False))
+    async with database.write() as connection:
+        for setting, expected in (
+            ("idle_in_transaction_session_timeout", "10s"),
+            ("lock_timeout", "8s"),
+            ("statement_timeout", "7s"),  # of the operator's own
+        ):
+            assert await connection.scalar(sa.text(f"SHOW {setting}")) == expected
+    await database.close()

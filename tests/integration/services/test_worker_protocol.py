@@ -529,6 +529,26 @@ async def test_what_an_attempt_stores_after_its_job_was_swept_is_swept_too(
     await until_swept()
 
 
+async def test_after_a_run_went_back_no_later_checkpoint_counts(services: Services) -> None:
+    """Even if the trainer died before it could say that they are removed."""
+    account = services.account()
+    job = await services.new_job(account)
+    lease = await lease_of(services, job, new_id("trainer"))
+    first = lease.next_seq
+    again = f"{lease.attempt_prefix}checkpoints/epoch-1-half-rate/"
+    await report(
+        services,
+        lease,
+        checkpoint(lease, first, step=4),
+        checkpoint(lease, first + 1, step=8),
+        checkpoint(lease, first + 2, step=4, object_prefix=again),
+    )
+    await end(services, lease, failed=worker_pb2.Failed(message="the trainer died", fault="platform"))
+    lease = await lease_of(services, job, new_id("trainer"))
+    assert lease.resume_prefix == again
+    await end(services, lease, failed=worker_pb2.Failed(message="enough", fault="job"))
+
+
 async def test_a_removed_checkpoint_is_gone(services: Services) -> None:
     account = services.account()
     job = await services.new_job(account, epochs=2)

@@ -34,23 +34,28 @@ async def test_an_unforeseen_failure_is_tried_again_and_then_ends_the_job(tmp_pa
     migrate(url, Path(job_svc.__file__).with_name("migrations"), metadata)
     database, data = Database(url), UnreadableData()
     await insert_job(database, "new", utc_now())
-    await insert_job(database, "old", utc_now() - dt.timedelta(minutes=31))
+    # Its stack may have been down for hours.
+    await insert_job(database, "old", utc_now() - dt.timedelta(hours=5))
+    await insert_job(database, "hopeless", utc_now(), failing_since=utc_now() - dt.timedelta(minutes=31))
     feed = ChangeFeed(database)
     working = asyncio.create_task(Validator(database, feed, cast(JobDataClient, data), Price(0)).run())
     try:
-        with feed.subscribe(job_topic("old")) as changes:
+        with feed.subscribe(job_topic("hopeless")) as changes:
             await changes.wait(20)
-        assert data.asked_for == {"new", "old"}
+        assert data.asked_for == {"new", "old", "hopeless"}
         assert await outcome(database, "new") == ("validation", None, None)
+        assert await outcome(database, "old") == ("validation", None, None)
         message = "The service failed to check the job's data."
-        assert await outcome(database, "old") == ("failed", "platform", message)
+        assert await outcome(database, "hopeless") == ("failed", "platform", message)
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
         await database.close()
 
 
-async def insert_job(database: Database, job_id: str, created_at: dt.datetime) -> None:
+async def insert_job(
+    database: Database, job_id: str, created_at: dt.datetime, failing_since: dt.datetime | None = None
+) -> None:
     values = {
         "id": job_id,
         "account_id": "acct",
@@ -61,6 +66,7 @@ async def insert_job(database: Database, job_id: str, created_at: dt.datetime) -
         "run": {"seed": 0},
         "training_uri": "dataset://ds",
         "created_at": created_at,
+        "failing_since": failing_since,
         "next_seq": 2,
     }
     async with database.write() as connection:

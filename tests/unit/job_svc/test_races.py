@@ -1,0 +1,128 @@
+"""What two that act at the same time on one job make of it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+from minio.error import MinioException
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+import job_svc
+from job_svc.change_feed import ChangeFeed
+from job_svc.credits import Price
+from job_svc.job_state import JobStatus
+from job_svc.lease_queue import LeaseQueue
+from job_svc.sweeper import Sweeper
+from job_svc.tables import jobs, metadata
+from svc_kit.database import Database, migrate, utc_now
+from svc_kit.errors import LeaseLost
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    url = f"sqlite+aiosqlite:///{tmp_path}/jobs.sqlite"
+    migrate(url, Path(job_svc.__file__).with_name("migrations"), metadata)
+    database = Database(url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def queue(database: Database) -> LeaseQueue:
+    return LeaseQueue(database, ChangeFeed(database), Price(0), 15.0, 3, None)
+
+
+async def insert_job(database: Database, job_id: str, status: JobStatus, **values: Any) -> None:
+    usual = {
+        "id": job_id,
+        "account_id": "acct",
+        "status": status,
+        "base_model": "tunery-tiny",
+        "hyperparameters": {},
+        "input_config": {},
+        "run": {"seed": 0},
+        "training_uri": "dataset://ds",
+        "created_at": utc_now(),
+        "next_seq": 2,
+    }
+    async with database.write() as connection:
+        await connection.execute(jobs.insert().values(usual | values))
+
+
+async def job(database: Database, job_id: str) -> Any:
+    async with database.read() as connection:
+        return (await connection.execute(jobs.select().where(jobs.c.id == job_id))).one()
+
+
+def store_of(listed: Callable[[str], Awaitable[list[Any]]]) -> Any:
+    return Mock(list=listed, delete_all=AsyncMock(), abort_uploads=AsyncMock())
+
+
+async def test_a_sweep_asked_for_during_one_is_done_again(database: Database, queue: LeaseQueue) -> None:
+    """A trainer stores something behind the sweep's back, and only then says that its run has stopped."""
+    await insert_job(database, "job-a", JobStatus.CANCELLED, lease_token="lease-a")
+    stored: list[Any] = []
+
+    async def listed(_prefix: str) -> list[Any]:
+        found = list(stored)
+        if not stored:
+            stored.append(SimpleNamespace(key="late"))
+            await queue.hand_back("job-a", "lease-a", "the run was stopped")
+        return found
+
+    store = store_of(listed)
+    sweeper = Sweeper(database, ChangeFeed(database), store)
+    await sweeper.sweep_now("job-a")
+    assert not (await job(database, "job-a")).swept
+    await sweeper.sweep_now("job-a")
+    assert (await job(database, "job-a")).swept
+    [*_, last] = store.delete_all.call_args_list
+    assert list(last.args[0]) == ["late"]
+
+
+async def test_a_job_that_cant_be_swept_keeps_none_from_it(database: Database) -> None:
+    for job_id in ("job-a", "job-b"):
+        await insert_job(database, job_id, JobStatus.CANCELLED)
+
+    async def listed(prefix: str) -> list[Any]:
+        if "job-a" in prefix:
+            raise MinioException("locked")
+        return []
+
+    sweeper = Sweeper(database, ChangeFeed(database), store_of(listed))
+    for due in await sweeper._due():
+        await sweeper._sweep_patiently(due)
+    assert not (await job(database, "job-a")).swept
+    assert (await job(database, "job-b")).swept
+
+
+async def test_a_lease_renewed_while_lapsed_ones_are_looked_for_stays(
+    database: Database, queue: LeaseQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = utc_now()
+    lapsed = {"lease_expires_at": now - dt.timedelta(seconds=1), "attempts": 1}
+    for name in ("renewed", "lost"):
+        values = lapsed | {"lease_token": f"lease-{name}", "leased_by": name}
+        await insert_job(database, name, JobStatus.RUNNING, **values)
+    read = database.read
+
+    @asynccontextmanager
+    async def read_and_renew() -> AsyncIterator[AsyncConnection]:
+        async with read() as connection:
+            yield connection
+        await queue.renew("renewed", "lease-renewed")
+
+    monkeypatch.setattr(database, "read", read_and_renew)
+    await queue._requeue(jobs.c.lease_expires_at < now, "the trainer was lost")
+    monkeypatch.undo()
+    await queue.renew("renewed", "lease-renewed")
+    with pytest.raises(LeaseLost):
+        await queue.renew("lost", "lease-lost")
+    assert (await job(database, "lost")).faults == 1
