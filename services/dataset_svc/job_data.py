@@ -8,12 +8,9 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
-
-import tenacity
-from minio.error import MinioException
-from urllib3.exceptions import HTTPError
 
 from dataset_svc.csv_rows import iter_csv_rows
 from dataset_svc.data_sources import DataSources
@@ -25,11 +22,10 @@ from dataset_svc.training_rows import CheckedRow, iter_csv_examples, iter_dialog
 from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.ids import random_id
-from svc_kit.object_store import ObjectStore, account_prefix
+from svc_kit.object_store import ObjectStore, account_prefix, patiently
 from trainer_svc.base_models import base_model_dir
 
 TRAINING, VALIDATION = "training", "validation"
-_REMOVAL_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -122,18 +118,8 @@ class JobData:
                 await self._store.put_file(key, folder / f"{use}.jsonl")
                 prepared.files[use] = replace(file, object_key=key)
         except asyncio.CancelledError:
-            await asyncio.shield(self._remove(prefix))
+            await asyncio.shield(patiently(partial(self._store.delete_prefix, prefix)))
             raise
-
-    async def _remove(self, prefix: str) -> None:
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((MinioException, HTTPError)),
-            stop=tenacity.stop_after_delay(_REMOVAL_SECONDS),
-            wait=tenacity.wait_exponential(multiplier=0.2, max=5),
-            reraise=True,
-        ):
-            with attempt:
-                await self._store.delete_prefix(prefix)
 
 
 class _Conversion:

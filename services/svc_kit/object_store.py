@@ -29,6 +29,7 @@ PART_BYTES = 8 * 1024 * 1024
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
 _START_SECONDS = 30
+_PATIENCE_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,22 @@ class StoredObject:
 def account_prefix(account_id: str) -> str:
     """Returns the beginning of every key of an account's objects."""
     return f"accounts/{account_id}/"
+
+
+async def patiently(transfer: Callable[[], Awaitable[None]]) -> None:
+    """Repeats what moves or removes objects: a store that is away for minutes costs the wait alone.
+
+    Raises:
+        MinioException: or HTTPError, after five minutes.
+    """
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type((MinioException, urllib3.exceptions.HTTPError)),
+        stop=tenacity.stop_after_delay(_PATIENCE_SECONDS),
+        wait=tenacity.wait_exponential(multiplier=0.2, max=5),
+        reraise=True,
+    ):
+        with attempt:
+            await transfer()
 
 
 class ObjectStore:

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import tenacity
 from google.protobuf import json_format, timestamp_pb2
-from minio.error import MinioException
-from urllib3.exceptions import HTTPError
 
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.errors import LeaseLost, NotFound, PermissionDenied, TuneryError, Unauthenticated
-from svc_kit.object_store import ObjectStore
+from svc_kit.object_store import ObjectStore, patiently
 from trainer_svc.base_models import is_pulled, pull
 from trainer_svc.event_reporter import EventReporter, JobServiceClient
 from trainer_svc.event_spool import SPOOL_FILE, EventSpool
@@ -33,7 +30,6 @@ log = structlog.get_logger(__name__)
 
 RENEW_SECONDS = 1.0
 _POLL_SECONDS = 0.05
-_STORE_PATIENCE_SECONDS = 300
 
 
 class RunStopped(Exception):
@@ -293,7 +289,7 @@ class Attempt:
             spec["validation_file"] = str(await self._fetch(lease.validation_key, "validation.jsonl"))
         if lease.HasField("resume_prefix"):
             resume_from = self._folder / "resume"
-            await _patiently(partial(self._store.get_folder, lease.resume_prefix, resume_from))
+            await patiently(partial(self._store.get_folder, lease.resume_prefix, resume_from))
             spec["resume_from"] = str(resume_from)
         return spec
 
@@ -319,7 +315,7 @@ class Attempt:
 
     async def _fetch(self, key: str, name: str) -> Path:
         path = self._folder / name
-        await _patiently(partial(self._store.get_file, key, path))
+        await patiently(partial(self._store.get_file, key, path))
         return path
 
     async def _events(self) -> AsyncIterator[dict[str, Any]]:
@@ -365,7 +361,7 @@ class Attempt:
         self._report(event)
         await self._reporter.drained()  # the row goes before its bytes
         prefix = f"{self._lease.attempt_prefix}{event['path']}/"
-        await _patiently(partial(self._store.delete_prefix, prefix))
+        await patiently(partial(self._store.delete_prefix, prefix))
 
     async def _store_model(self, event: dict[str, Any]) -> None:
         """Stores the model, and reads it back for the engine to hold it against what it trained."""
@@ -375,11 +371,11 @@ class Attempt:
             "deploying", "model stored, and now checked", None, {"object_prefix": self._artifact_prefix}
         )
         partial_readback = self._output_dir / "readback.partial"
-        await _patiently(partial(self._store.get_folder, self._artifact_prefix, partial_readback))
+        await patiently(partial(self._store.get_folder, self._artifact_prefix, partial_readback))
         partial_readback.rename(self._output_dir / "readback")
 
     async def _put_folder(self, prefix: str, folder: Path) -> None:
-        await _patiently(partial(self._store.put_folder, prefix, folder, self._hold_lease))
+        await patiently(partial(self._store.put_folder, prefix, folder, self._hold_lease))
 
     async def _complete(self, event: dict[str, Any]) -> worker_pb2.Completed:
         self._reporter.add("log", event["message"], None, {"parity_difference": event["parity_difference"]})
@@ -414,18 +410,6 @@ def with_newest(
     while len(kept) > 1 and kept[1][0] < changed_at_step:
         del kept[0]
     return kept
-
-
-async def _patiently(transfer: Callable[[], Awaitable[None]]) -> None:
-    """Repeats a transfer to or from the store: one that is away for minutes costs the wait, not the run."""
-    async for attempt in tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type((MinioException, HTTPError)),
-        stop=tenacity.stop_after_delay(_STORE_PATIENCE_SECONDS),
-        wait=tenacity.wait_exponential(multiplier=0.2, max=5),
-        reraise=True,
-    ):
-        with attempt:
-            await transfer()
 
 
 def _plain_numbers(value: Any) -> Any:
