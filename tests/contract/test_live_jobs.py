@@ -276,7 +276,7 @@ def test_closed_tails_free_everything(stack: RunningStack, busy_trainer: BusyTra
             for response in responses:
                 response.close()
 
-    open_and_close(5)
+    open_and_close(50)  # the pools of connections to the database grow with what is asked at once
     watched = [*services, envoy]
     eventually(lambda: len(envoy.net_connections("tcp")) < 100, 10, "Envoy's connections to be closed")
     before = [process.num_fds() for process in watched]
