@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import httpx
+import psutil
 import psycopg
 import pytest
 
@@ -95,6 +96,14 @@ class RunningStack:
     def address(self) -> str:
         """HOST:PORT of the gateway, for native clients."""
         return self.url.removeprefix("http://")
+
+    def processes(self) -> list[tuple[list[str], dict[str, str]]]:
+        """Returns the command line and the environment of each of its processes, and of theirs."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                found.append((process.cmdline(), process.environ()))
+        return found
 
     def new_account(self, name: str, credits: float | None = None) -> str:
         """Makes an account with the command and returns its key."""

@@ -7,7 +7,6 @@ import subprocess
 
 import grpc
 import httpx
-import psutil
 import pytest
 
 from tests.conftest import RunningStack, own_database, postgres_programs, wait_until
@@ -44,8 +43,8 @@ def secrets(stack: RunningStack) -> dict[str, str]:
                     account_service_pb2.RevokeApiKeyRequest(key_id=stack.api_key), metadata=metadata
                 )
     environment = {}
-    for process in psutil.Process(stack.process.pid).children(recursive=True):
-        environment |= process.environ()
+    for _, own in stack.processes():
+        environment |= own
     found["S3 secret key"] = environment["TUNERY_S3_SECRET_KEY"]
     for path in (stack.data_dir / "identity").glob("*.key"):
         found[path.name] = path.read_text().splitlines()[1]
@@ -87,17 +86,13 @@ def test_databases_have_no_key(stack: RunningStack, secrets: dict[str, str]) -> 
 
 def test_no_process_is_given_a_key_on_its_command_line(stack: RunningStack, secrets: dict[str, str]) -> None:
     # Every user of the machine can read these.
-    lines = [
-        " ".join(process.cmdline()) for process in psutil.Process(stack.process.pid).children(recursive=True)
-    ]
+    lines = [" ".join(command) for command, _ in stack.processes()]
     assert not [line for line in lines for secret in secrets.values() if secret in line]
 
 
 def test_the_first_key_is_told_to_the_auth_check_alone(stack: RunningStack) -> None:
     told = {
-        process.cmdline()[-1]
-        for process in psutil.Process(stack.process.pid).children(recursive=True)
-        if stack.api_key in process.environ().values()
+        command[-1] for command, environment in stack.processes() if stack.api_key in environment.values()
     }
     assert told == {"gateway.authz"}
 
@@ -116,12 +111,9 @@ def test_files_of_secrets_are_for_their_owner_alone(stack: RunningStack, secrets
 
 
 def test_a_run_is_told_no_secret(stack: RunningStack, secrets: dict[str, str]) -> None:
-    def runs() -> list[psutil.Process]:
-        return [
-            process
-            for process in psutil.Process(stack.process.pid).children(recursive=True)
-            if "trainer_svc.engine" in process.cmdline()
-        ]
+    def runs() -> list[dict[str, str]]:
+        """Their environments."""
+        return [environment for command, environment in stack.processes() if "trainer_svc.engine" in command]
 
     with stack.client(secrets["an account's key"]) as client:
         rows = "question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(8))
@@ -131,7 +123,7 @@ def test_a_run_is_told_no_secret(stack: RunningStack, secrets: dict[str, str]) -
         job = client.post(path, json={**asked, "hyperparameters": {"epochs": 5000}}).json()["id"]
         try:
             wait_until(lambda: bool(runs()), 60, "the run")
-            environments = [process.environ() for process in runs()]
+            environments = runs()
         finally:
             client.post(f"{path}/{job}/cancel")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import grpc
 import jwt
-import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -70,10 +69,10 @@ class Inside:
 @pytest.fixture(scope="module")
 def inside(stack: RunningStack) -> Iterator[Inside]:
     channels = {}
-    for process in psutil.Process(stack.process.pid).children(recursive=True):
-        module = process.cmdline()[-1]
+    for command, environment in stack.processes():
+        module = command[-1]
         if module in {module for module, _ in SERVED.values()}:
-            channels[module] = grpc.insecure_channel(process.environ()["TUNERY_LISTEN"])
+            channels[module] = grpc.insecure_channel(environment["TUNERY_LISTEN"])
     yield Inside(channels, stack.data_dir / "identity", stack.api_key)
     for channel in channels.values():
         channel.close()
