@@ -105,12 +105,13 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
 
 def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
     """The most that one device has to hold: one process's on a GPU, all processes' on a CPU."""
-    sharded_over = num_processes(run["torchrun_arguments"]) if run["method"]["kind"] == "full" else 1
+    processes = num_processes(run["torchrun_arguments"])
+    trains_all = run["method"]["kind"] == "full"
     step_tokens = run["batch_size"] * counts.num_tokens / counts.num_rows
     pass_tokens = max(min(probe["tokens_per_pass"], step_tokens), _longest_row(run, counts))
-    num_on_device = num_processes(run["torchrun_arguments"]) if _is_cpu(probe) else 1
-    base = float(probe["base_memory_bytes"]) / sharded_over
-    if run["method"]["kind"] == "full" and run["extras"].get("optimizer") == "adamw_8bit":
+    num_on_device = processes if _is_cpu(probe) else 1
+    base = float(probe["base_memory_bytes"]) / (processes if trains_all else 1)
+    if trains_all and run["extras"].get("optimizer") == "adamw_8bit":
         base *= _WITH_STATE_IN_8_BITS
     return num_on_device * (base + probe["bytes_per_token"] * pass_tokens)
 

@@ -35,6 +35,7 @@ def attempt_prefix(job: sa.Row[Any]) -> str:
     return f"{job_prefix(job.account_id, job.id)}attempt-{job.attempts}/"
 
 
+# What an update of a job sets to have it swept, even if a sweep is under way.
 SWEEP_AGAIN = {"swept": False, "sweeps_asked_for": jobs.c.sweeps_asked_for + 1}
 
 
@@ -53,7 +54,7 @@ class Sweeper:
                 changes.clear()
                 try:
                     for job in await self._due():
-                        await self._sweep_patiently(job)
+                        await self._try_to_sweep(job)
                 except DATABASE_AWAY as error:
                     log.warning("the sweep was interrupted; it is tried again", cause=str(error))
                 await changes.wait(_POLL_SECONDS)
@@ -62,11 +63,11 @@ class Sweeper:
         """Sweeps one job if it is due; where the store can't be reached, `run` does it later."""
         try:
             for job in await self._due(job_id):
-                await self._sweep_patiently(job)
+                await self._try_to_sweep(job)
         except DATABASE_AWAY as error:
             log.warning("the sweep was interrupted; it is tried again", cause=str(error))
 
-    async def _sweep_patiently(self, job: sa.Row[Any]) -> None:
+    async def _try_to_sweep(self, job: sa.Row[Any]) -> None:
         """Sweeps a job. One whose objects can't be removed must not keep others from it."""
         try:
             await self._sweep(job)

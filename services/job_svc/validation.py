@@ -154,10 +154,10 @@ class Validator:
 
     async def _failing_since(self, job_id: str) -> dt.datetime:
         """Returns when the first try failed. The job's age says nothing: the stack may have been down."""
-        since = sa.func.coalesce(jobs.c.failing_since, sa.bindparam("now", type_=UtcTime))
+        since = sa.func.coalesce(jobs.c.failing_since, sa.literal(utc_now(), UtcTime))
         note = jobs.update().where(jobs.c.id == job_id).values(failing_since=since)
         async with self._database.write() as connection:
-            noted = await connection.execute(note.returning(jobs.c.failing_since), {"now": utc_now()})
+            noted = await connection.execute(note.returning(jobs.c.failing_since))
             failing_since: dt.datetime = noted.scalar_one()
         return failing_since
 

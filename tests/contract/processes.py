@@ -16,8 +16,9 @@ from tests.conftest import RunningStack
 def service_process(stack: RunningStack, module: str) -> psutil.Process:
     """The stack's process that runs a module."""
     for process in psutil.Process(stack.process.pid).children():
-        if process.cmdline()[-2:] == ["-m", module]:
-            return process
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[-2:] == ["-m", module]:
+                return process
     raise AssertionError(f"{module} is not running")
 
 

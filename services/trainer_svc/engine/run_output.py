@@ -20,6 +20,7 @@ from trainer_svc.engine.checkpoint import (
     take_snapshot,
     write_folder,
 )
+from trainer_svc.engine.device import free_unused_memory
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.merging import write_merged
@@ -191,10 +192,10 @@ class RunOutput:
         """Frees the device of what was trained, for the check loads the model once more."""
         workload = self._workload
         workload.optimizer.state.clear()
-        if self._group.device.type == "cuda" and not workload.is_sharded:
-            if self._spec.extras.quantize_base == "none":
-                torch.nn.Module.to(workload.model, "cpu")
-            torch.cuda.empty_cache()
+        is_movable = not workload.is_sharded and self._spec.extras.quantize_base == "none"
+        if self._group.device.type == "cuda" and is_movable:
+            torch.nn.Module.to(workload.model, "cpu")
+        free_unused_memory(self._group.device)
 
     def _fill_artifact(self, state: TrainingState, snapshot: Snapshot, folder: Path) -> None:
         workload = self._workload

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, Qwen3Config
 
+from tests.unit.engine.test_layers import CONFIGS, inner_model, make_model
 from trainer_svc.engine.layers import projection, segment_attention
 from trainer_svc.engine.layers.elementwise import PLAIN
 from trainer_svc.engine.layers.fast_layer import FastLayer, Rows
@@ -22,8 +21,8 @@ NUM_TOKENS = 96
 def drop_data(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            moved = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(module, name, nn.Parameter(moved, parameter.requires_grad))
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
@@ -37,22 +36,14 @@ def test_a_layer_forward_and_backward(
     monkeypatch.setattr(
         projection, "_stack", lambda matrices, dtype: torch.cat([matrix.to(dtype) for matrix in matrices])
     )
-    config = Qwen3Config(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=weights_dtype)
-    if target_modules is not None:
-        adapters = LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules)
-        model = get_peft_model(model, adapters).get_base_model()
+    method = None if target_modules is None else {"target_modules": target_modules}
+    model = make_model(CONFIGS["qwen3"], method)
+    for parameter in model.parameters():
+        if method is None or not parameter.requires_grad:  # adapters are float32
+            parameter.data = parameter.data.to(weights_dtype)
     with FakeTensorMode():
         drop_data(model)
-        layer = FastLayer(model.model.layers[0], torch.bfloat16, PLAIN)
+        layer = FastLayer(inner_model(model).model.layers[0], torch.bfloat16, PLAIN)
         x_SD = torch.empty(NUM_TOKENS, 64, dtype=torch.bfloat16)
         angle_S1E = torch.empty(NUM_TOKENS, 1, 32, dtype=torch.bfloat16)
         outputs_T = torch.zeros(32, dtype=torch.int64) if last else None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import job_svc
 from job_svc.estimates import RowCounts, cost_of, find_probes, in_words, put_probe, refusal, roomiest
-from job_svc.tables import metadata
-from svc_kit.database import Database, migrate
+from svc_kit.database import Database
 from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 
 GIB = 2**30
@@ -163,19 +160,13 @@ def test_rows_without_a_count_are_guessed_by_their_size() -> None:
     assert counts.num_tokens == counts.num_targets == 1320
 
 
-async def test_measurements_are_kept_by_device(tmp_path: Path) -> None:
-    url = f"sqlite+aiosqlite:///{tmp_path}/job_svc.sqlite"
-    migrate(url, Path(next(iter(job_svc.__path__))) / "migrations", metadata)
-    database = Database(url)
+async def test_measurements_are_kept_by_device(database: Database) -> None:
     large = PROBE | {"device": "gpu of 80 GiB", "total_memory_bytes": 80.0 * GIB}
-    try:
-        async with database.write() as connection:
-            for probe in (PROBE, large, PROBE | {"base_memory_bytes": 40.0 * GIB}):
-                await put_probe(database, connection, probe)
-        async with database.read() as connection:
-            found = await find_probes(connection, run() | {"base_model": "m"})
-    finally:
-        await database.close()
+    async with database.write() as connection:
+        for probe in (PROBE, large, PROBE | {"base_memory_bytes": 40.0 * GIB}):
+            await put_probe(database, connection, probe)
+    async with database.read() as connection:
+        found = await find_probes(connection, run() | {"base_model": "m"})
     assert [probe["device"] for probe in found] == ["cpu, 2 cores", "gpu of 80 GiB"]
     assert found[0]["base_memory_bytes"] == 40.0 * GIB  # the newest
     assert roomiest(found) == large

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock
@@ -14,51 +13,21 @@ import pytest
 from minio.error import MinioException
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-import job_svc
 from job_svc.change_feed import ChangeFeed
 from job_svc.credits import Price
 from job_svc.job_state import JobStatus
 from job_svc.lease_queue import LeaseQueue
 from job_svc.sweeper import Sweeper
-from job_svc.tables import jobs, metadata
-from svc_kit.database import Database, migrate, utc_now
+from job_svc.tables import jobs
+from svc_kit.database import Database, utc_now
 from svc_kit.errors import LeaseLost
 
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    url = f"sqlite+aiosqlite:///{tmp_path}/jobs.sqlite"
-    migrate(url, Path(job_svc.__file__).with_name("migrations"), metadata)
-    database = Database(url)
-    yield database
-    await database.close()
+from .conftest import insert_job, stored_job
 
 
 @pytest.fixture
 def queue(database: Database) -> LeaseQueue:
     return LeaseQueue(database, ChangeFeed(database), Price(0), 15.0, 3, None)
-
-
-async def insert_job(database: Database, job_id: str, status: JobStatus, **values: Any) -> None:
-    usual = {
-        "id": job_id,
-        "account_id": "acct",
-        "status": status,
-        "base_model": "tunery-tiny",
-        "hyperparameters": {},
-        "input_config": {},
-        "run": {"seed": 0},
-        "training_uri": "dataset://ds",
-        "created_at": utc_now(),
-        "next_seq": 2,
-    }
-    async with database.write() as connection:
-        await connection.execute(jobs.insert().values(usual | values))
-
-
-async def job(database: Database, job_id: str) -> Any:
-    async with database.read() as connection:
-        return (await connection.execute(jobs.select().where(jobs.c.id == job_id))).one()
 
 
 def store_of(listed: Callable[[str], Awaitable[list[Any]]]) -> Any:
@@ -80,9 +49,9 @@ async def test_a_sweep_asked_for_during_one_is_done_again(database: Database, qu
     store = store_of(listed)
     sweeper = Sweeper(database, ChangeFeed(database), store)
     await sweeper.sweep_now("job-a")
-    assert not (await job(database, "job-a")).swept
+    assert not (await stored_job(database, "job-a")).swept
     await sweeper.sweep_now("job-a")
-    assert (await job(database, "job-a")).swept
+    assert (await stored_job(database, "job-a")).swept
     [*_, last] = store.delete_all.call_args_list
     assert list(last.args[0]) == ["late"]
 
@@ -98,9 +67,9 @@ async def test_a_job_that_cant_be_swept_keeps_none_from_it(database: Database) -
 
     sweeper = Sweeper(database, ChangeFeed(database), store_of(listed))
     for due in await sweeper._due():
-        await sweeper._sweep_patiently(due)
-    assert not (await job(database, "job-a")).swept
-    assert (await job(database, "job-b")).swept
+        await sweeper._try_to_sweep(due)
+    assert not (await stored_job(database, "job-a")).swept
+    assert (await stored_job(database, "job-b")).swept
 
 
 async def test_a_lease_renewed_while_lapsed_ones_are_looked_for_stays(
@@ -125,4 +94,4 @@ async def test_a_lease_renewed_while_lapsed_ones_are_looked_for_stays(
     await queue.renew("renewed", "lease-renewed")
     with pytest.raises(LeaseLost):
         await queue.renew("lost", "lease-lost")
-    assert (await job(database, "lost")).faults == 1
+    assert (await stored_job(database, "lost")).faults == 1
