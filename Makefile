@@ -25,9 +25,10 @@ test: setup check ## Run every check and every test.
 	$(BIN)/python -m pytest
 
 # Everything once more, on PostgreSQL, with ten times the made-up cases; then process after process is killed.
-nightly: setup ## The tests on PostgreSQL with far more cases, and chaos. An hour or more.
+nightly: setup ## The tests on PostgreSQL with far more cases, chaos, and the audit. Hours.
 	TUNERY_TEST_DATABASE=postgresql TUNERY_TEST_CASES=20000 $(BIN)/python -m pytest --timeout 7200
 	$(MAKE) --no-print-directory chaos
+	$(MAKE) --no-print-directory audit
 
 check: $(INSTALLED) ## Lint, types, and the protos' rules.
 	$(BIN)/ruff check
@@ -45,6 +46,9 @@ breaking: $(INSTALLED)
 		cp -r protos/third_party "$$base/protos/" && \
 		$(BIN)/buf breaking --against "$$base"; \
 	fi
+
+audit: $(INSTALLED) ## Ask PyPI which pinned versions have known vulnerabilities.
+	$(BIN)/python deploy/audit_pins.py
 
 protos: $(INSTALLED) ## Make the Python code from protos/ anew.
 	$(BIN)/python hatch_build.py
@@ -82,4 +86,4 @@ $(INSTALLED): $(VENV)/made pyproject.toml constraints.txt hatch_build.py $(PROTO
 	$(PIP) --no-build-isolation --editable '.[dev,wandb,bitsandbytes]'
 	@touch $@
 
-.PHONY: help setup demo test nightly check breaking protos bench chaos clean
+.PHONY: help setup demo test nightly check breaking audit protos bench chaos clean

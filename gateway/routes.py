@@ -35,8 +35,8 @@ OPEN_METHODS = (
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
-# Those that make something from one message, and look whether its key came before. Uploads do too, but the
-# gateway keeps no upload to send it twice.
+# Those that make something from one message, and look whether its key came before. Uploads do too, and are
+# sent again where the gateway's buffer of 1 MiB holds them.
 _KEYED = (
     "/tunery.job.v1.JobService/CreateJob",
     "/tunery.job.v1.JobService/CreateJobFromJson",
@@ -152,7 +152,7 @@ def method_routes(descriptors: Path) -> list[MethodRoute]:
                 idle_seconds=idle_seconds,
                 is_upload=method.client_streaming,
                 is_read=method.options.idempotency_level == _READ and not is_stream,
-                takes_key=path in _KEYED,
+                takes_key=path in _KEYED or method.client_streaming,
             )
         )
     return routes
