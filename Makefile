@@ -61,6 +61,7 @@ bench: setup ## Measure, and keep the figures in bench/results/.
 	$(BIN)/python bench/follow_log.py
 	$(BIN)/python bench/many_jobs.py
 	$(BIN)/python bench/mixed_use.py
+	$(BIN)/python bench/id_timing.py
 	$(BIN)/python bench/train_throughput.py --peer trl hf --method lora
 	$(BIN)/python bench/train_throughput.py --peer trl --method full
 

@@ -17,24 +17,17 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
-import httpx
 import psutil
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from kept_results import keep
+from stacks import WholeStack, whole_stack
 
 from tunery.job.v1 import job_service_pb2
-from tunery.ports import free_ports
 
 CLIENT_PROCESSES = 2
 WARM_UP_SECONDS = 1.0
@@ -195,9 +188,9 @@ def identity(authz_address: str, api_key: str) -> str:
     return str(answer.ok_response.headers[0].header.value)
 
 
-def make_job(url: str, api_key: str) -> str:
+def make_job(stack: WholeStack) -> str:
     """Makes a job, ended at once."""
-    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {api_key}"}, timeout=60) as client:
+    with stack.client() as client:
         rows = "question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(10))
         dataset = client.post("/api/v1/fine-tuning/datasets", files={"file": ("rows.csv", rows)}).json()
         asked = {"base_model": "tunery-tiny", "dataset_id": dataset["id"], "task_type": "qa"}
@@ -208,23 +201,11 @@ def make_job(url: str, api_key: str) -> str:
 
 def measure(seconds: float, rounds: int, num_connections: int) -> dict[str, object]:
     """Runs a stack of its own; the legs take turns."""
-    with tempfile.TemporaryDirectory(prefix="tunery-bench-") as folder:
-        port = free_ports(1)[0]
-        command = [sys.executable, "-m", "tunery.cli", "up", "--data-dir", f"{folder}/data"]
-        limits = {"TUNERY_GATEWAY_REQUESTS_PER_SECOND": "1000000", "TUNERY_GATEWAY_REQUEST_BURST": "1000000"}
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=subprocess.PIPE, text=True, env={**os.environ, **limits}
-        )
-        try:
-            assert process.stdout
-            assert any("tunery is ready" in line for line in process.stdout), "the stack did not start"
-            api_key = json.loads(Path(folder, "data", "credentials.json").read_text())["api_key"]
-            job_id = make_job(f"http://127.0.0.1:{port}", api_key)
-            processes = stack_processes(psutil.Process(process.pid))
-            return compare(processes, port, api_key, job_id, seconds, rounds, num_connections)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+    limits = {"TUNERY_GATEWAY_REQUESTS_PER_SECOND": "1000000", "TUNERY_GATEWAY_REQUEST_BURST": "1000000"}
+    with whole_stack(**limits) as stack:
+        job_id = make_job(stack)
+        processes = stack_processes(stack.process)
+        return compare(processes, stack.port, stack.api_key, job_id, seconds, rounds, num_connections)
 
 
 def legs(processes: dict[str, psutil.Process], port: int, api_key: str, job_id: str) -> dict[str, Leg]:

@@ -14,10 +14,7 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +22,7 @@ from typing import Any
 
 import httpx
 from kept_results import keep
-
-from tunery.ports import free_ports
+from stacks import whole_stack
 
 BENCH = Path(__file__).parent
 ROWS = BENCH.parent / "tests" / "e2e" / "gsm8k" / "rows.csv"
@@ -108,35 +104,12 @@ def checkpoint_waits(method: dict[str, Any]) -> dict[str, float]:
 def measure(rounds: int) -> dict[str, Any]:
     """Runs a stack of its own and each job `rounds` times, in turn."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in JOBS}
-    with tempfile.TemporaryDirectory(prefix="tunery-bench-") as folder:
-        port = free_ports(1)[0]
-        command = [
-            sys.executable,
-            "-m",
-            "tunery.cli",
-            "up",
-            "--data-dir",
-            f"{folder}/data",
-            "--port",
-            str(port),
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout
-            assert any("tunery is ready" in line for line in process.stdout), "the stack did not start"
-            credentials = json.loads(Path(folder, "data", "credentials.json").read_text())
-            headers = {"Authorization": f"Bearer {credentials['api_key']}"}
-            with httpx.Client(base_url=credentials["url"], headers=headers, timeout=60) as client:
-                upload = client.post(
-                    "/api/v1/fine-tuning/datasets", files={"file": ("rows.csv", ROWS.read_bytes())}
-                )
-                dataset_id = upload.raise_for_status().json()["id"]
-                for _ in range(rounds):
-                    for name, job in JOBS.items():
-                        found[name].append(run_job(client, dataset_id, job))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+    with whole_stack() as stack, stack.client() as client:
+        upload = client.post("/api/v1/fine-tuning/datasets", files={"file": ("rows.csv", ROWS.read_bytes())})
+        dataset_id = upload.raise_for_status().json()["id"]
+        for _ in range(rounds):
+            for name, job in JOBS.items():
+                found[name].append(run_job(client, dataset_id, job))
     jobs = {
         name: {key: round(statistics.median(each[key] for each in runs), 3) for key in runs[0]}
         for name, runs in found.items()

@@ -1,12 +1,20 @@
-"""The parts of a stack that a benchmark needs, run without the others."""
+"""The stacks that benchmarks run: whole ones, or the parts that one needs without the others."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 
 from tunery.ports import free_ports
@@ -16,6 +24,49 @@ from tunery.supervisor import MARK_VARIABLE, Supervisor
 from tunery.up import find_weed
 
 _STOP_SECONDS = (5.0, 5.0, 5.0)
+_END_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class WholeStack:
+    """A `tunery up` of the benchmark's own.
+
+    Attributes:
+        port: of the gateway, on 127.0.0.1.
+        api_key: of the first account, an admin's.
+        process: `tunery up` itself, the parent of all others.
+    """
+
+    port: int
+    api_key: str
+    process: psutil.Process
+
+    def client(self, api_key: str | None = None) -> httpx.Client:
+        """Returns a client of an account: of the key's, or of the first."""
+        headers = {"authorization": f"Bearer {api_key or self.api_key}"}
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=60)
+
+
+@contextmanager
+def whole_stack(**variables: str) -> Iterator[WholeStack]:
+    """Runs `tunery up` for the block's time, from when it is ready; `variables` are for its environment."""
+    with tempfile.TemporaryDirectory(prefix="tunery-bench-") as folder:
+        port = free_ports(1)[0]
+        command = [sys.executable, "-m", "tunery.cli", "up", "--data-dir", f"{folder}/data"]
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables},
+        )
+        try:
+            assert process.stdout
+            assert any("tunery is ready" in line for line in process.stdout), "the stack did not start"
+            credentials = json.loads(Path(folder, "data", "credentials.json").read_text())
+            yield WholeStack(port, credentials["api_key"], psutil.Process(process.pid))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(_END_SECONDS)
 
 
 @asynccontextmanager

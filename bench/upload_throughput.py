@@ -11,11 +11,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,8 +18,7 @@ from pathlib import Path
 
 import psutil
 from kept_results import keep
-
-from tunery.ports import free_ports
+from stacks import WholeStack, whole_stack
 
 BOUNDARY = "tunery-bench-boundary"
 BLOCK_BYTES = 1024 * 1024
@@ -91,11 +85,11 @@ def _name(process: psutil.Process) -> str:
     return Path(line[0]).name if line else process.name()
 
 
-def upload(port: int, api_key: str, num_bytes: int, block: bytes) -> tuple[float, int]:
+def upload(stack: WholeStack, num_bytes: int, block: bytes) -> tuple[float, int]:
     """Uploads once; returns the seconds it took and the size that the service reports, in bytes."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=600)
     headers = {
-        "Authorization": f"Bearer {api_key}",
+        "Authorization": f"Bearer {stack.api_key}",
         "Content-Type": f"multipart/form-data; boundary={BOUNDARY}",
         "Transfer-Encoding": "chunked",
     }
@@ -114,28 +108,15 @@ def upload(port: int, api_key: str, num_bytes: int, block: bytes) -> tuple[float
 def measure(num_bytes: int, rounds: int) -> dict[str, object]:
     """Runs a stack of its own and uploads `rounds` times."""
     block = csv_block()
-    with tempfile.TemporaryDirectory(prefix="tunery-bench-") as folder:
-        port = free_ports(1)[0]
-        command = [sys.executable, "-m", "tunery.cli", "up", "--data-dir", f"{folder}/data"]
-        environment = {**os.environ, "TUNERY_MAX_UPLOAD_BYTES": str(2 * num_bytes)}
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        try:
-            assert process.stdout
-            assert any("tunery is ready" in line for line in process.stdout), "the stack did not start"
-            api_key = json.loads(Path(folder, "data", "credentials.json").read_text())["api_key"]
-            upload(port, api_key, 16 * BLOCK_BYTES, block)  # everything is imported and connected after it
-            watch = MemoryWatch(psutil.Process(process.pid))
-            watch.start()
-            speeds = []
-            for _ in range(rounds):
-                seconds, size_bytes = upload(port, api_key, num_bytes, block)
-                speeds.append(size_bytes / MB / seconds)
-            growth = watch.stop()
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+    with whole_stack(TUNERY_MAX_UPLOAD_BYTES=str(2 * num_bytes)) as stack:
+        upload(stack, 16 * BLOCK_BYTES, block)  # everything is imported and connected after it
+        watch = MemoryWatch(stack.process)
+        watch.start()
+        speeds = []
+        for _ in range(rounds):
+            seconds, size_bytes = upload(stack, num_bytes, block)
+            speeds.append(size_bytes / MB / seconds)
+        growth = watch.stop()
     return {
         "size_mb": round(size_bytes / MB),
         "mb_per_second": [round(speed, 1) for speed in speeds],

