@@ -9,7 +9,6 @@ from tests.chaos.stack import ChaosStack
 SERVICES = ("dataset_svc", "job_svc", "authz", "trainer_svc", "inference_svc")
 
 
-
 def test_no_request_fails(chaos: ChaosStack) -> None:
     for kind, traffic in restart_under_traffic(chaos, SERVICES).items():
         assert traffic.num_requests > 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,36 @@ from gateway.authz.credit_accounts import JobServiceCreditAccounts
 from gateway.authz.repository import AccountRepository
 from gateway.authz.server import make_authz_server
 from svc_kit.database import Database
+from svc_kit.errors import Unavailable
 from svc_kit.identity import Issuer, Verifier, write_identity_keys
+from svc_kit.rest_answers import CREATED
 from tests.integration.gateway.stack import FIRST_KEY, Gateway, run_gateway, run_server, stat, wait_until
-from tests.integration.gateway.upstreams import make_upstream
-from tunery.job.v1 import job_service_pb2, job_service_pb2_grpc
+from tests.integration.gateway.upstreams import Upstreams, make_upstream
+from tunery.dataset.v1 import dataset_pb2
+from tunery.job.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 JOBS = "/api/v1/fine-tuning/jobs"
+DATASETS = "/api/v1/fine-tuning/datasets"
 AUTHORIZATION = (("authorization", f"Bearer {FIRST_KEY}"),)
 
 
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@asynccontextmanager
+async def running_upstream(name: str, gateway: Gateway, address: str) -> AsyncIterator[None]:
+    """A double of a service that listens for the block's time; its end breaks off what it is asked."""
+    server = make_upstream(name, gateway.upstreams, Verifier(gateway.folder / "identity"))
+    server.add_insecure_port(address)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
 
 
 def without_retries(configuration: str) -> str:
@@ -47,13 +64,8 @@ async def test_a_call_waits_for_a_service_that_starts_again(tmp_path: Path, meth
             return await stat(gateway, "cluster.job_svc.upstream_cx_connect_fail") > 0
 
         await wait_until(refused)
-        server = make_upstream("job_svc", gateway.upstreams, Verifier(tmp_path / "identity"))
-        server.add_insecure_port(address)
-        await server.start()
-        try:
+        async with running_upstream("job_svc", gateway, address):
             assert (await call).status_code == 200
-        finally:
-            await server.stop(None)
     assert len(gateway.upstreams.calls) == 1
 
 
@@ -118,15 +130,84 @@ async def test_a_create_with_a_key_is_sent_again_when_its_service_dies(tmp_path:
         deaf.close()
         for connection in connections:
             connection.close()
-        server = make_upstream("job_svc", gateway.upstreams, Verifier(tmp_path / "identity"))
-        server.add_insecure_port(address)
-        await server.start()
-        try:
+        async with running_upstream("job_svc", gateway, address):
             with_key, without = await asyncio.gather(*calls)
-        finally:
-            await server.stop(None)
     assert (with_key.status_code, without.status_code) == (200, 503)
     assert len(gateway.upstreams.calls) == 1
+
+
+async def test_a_read_that_its_service_breaks_off_is_asked_again(tmp_path: Path) -> None:
+    address = free_address()
+    reached: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
+    waiting = iter(reached)
+
+    async def hang_at_first(_request: Any, _context: Any) -> job_pb2.JobList:
+        event = next(waiting)
+        event.set()
+        if event is reached[0]:
+            await asyncio.Event().wait()
+        return job_pb2.JobList()
+
+    async with run_gateway(tmp_path, job_svc_address=address) as gateway:
+        gateway.upstreams.on("ListJobs", hang_at_first)
+        async with running_upstream("job_svc", gateway, address):
+            read = asyncio.create_task(gateway.client.get(JOBS))
+            await reached[0].wait()
+        async with running_upstream("job_svc", gateway, address):
+            answer = await read
+    assert answer.status_code == 200
+    assert reached[1].is_set()
+
+
+async def test_a_read_whose_service_lacks_its_database_is_answered_at_once(
+    gateway: Gateway, upstreams: Upstreams
+) -> None:
+    upstreams.fails("ListJobs", Unavailable("The database can't be reached for now; try again."))
+
+    answer = await gateway.client.get(JOBS)
+
+    assert answer.status_code == 503
+    assert len(upstreams.calls) == 1
+
+
+# The gateway keeps 1 MiB of an upload.
+@pytest.mark.parametrize(
+    ("headers", "num_bytes", "is_sent_again"),
+    [
+        ({"idempotency-key": "k"}, 100, True),
+        ({"idempotency-key": "k"}, 1_000_000, True),
+        ({"idempotency-key": "k"}, 1_100_000, False),
+        ({}, 100, False),
+    ],
+)
+async def test_an_upload_with_a_key_is_sent_again_when_its_service_ends(
+    tmp_path: Path, headers: dict[str, str], num_bytes: int, is_sent_again: bool
+) -> None:
+    address = free_address()
+    sizes: list[int] = []
+    arrived = asyncio.Event()
+
+    async def take(parts: Any, context: Any) -> dataset_pb2.Dataset:
+        sizes.append(sum([len(part.data) async for part in parts]))
+        if len(sizes) == 1:
+            arrived.set()
+            await asyncio.Event().wait()
+        await context.send_initial_metadata(CREATED)
+        return dataset_pb2.Dataset(id="ds-1")
+
+    async with run_gateway(tmp_path, dataset_svc_address=address) as gateway:
+        gateway.upstreams.on("UploadCsvForm", take)
+        async with running_upstream("dataset_svc", gateway, address):
+            files = {"file": ("rows.csv", b"x" * num_bytes)}
+            upload = asyncio.create_task(gateway.client.post(DATASETS, files=files, headers=headers))
+            await arrived.wait()
+        async with running_upstream("dataset_svc", gateway, address):
+            answer = await upload
+
+    assert answer.status_code in ((201,) if is_sent_again else (499, 503))
+    assert len(sizes) == (2 if is_sent_again else 1)
+    assert len(set(sizes)) == 1
+    assert sizes[0] > num_bytes
 
 
 async def test_without_the_auth_check_nobody_is_let_in(tmp_path: Path) -> None:
