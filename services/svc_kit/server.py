@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,32 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Pings as often as channels send them are welcome.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MS // 2),
 )
+# What services ask each other may be done twice, as their protos say, and is asked again where a server, at
+# its end, answers `cancelled`. A trainer's calls may not: two leases would be two jobs.
+_ASKED_AGAIN = (
+    "tunery.account.v1.KeyService",
+    "tunery.dataset.v1.JobDataService",
+    "tunery.job.v1.CreditAccountService",
+    "tunery.job.v1.ModelArtifactService",
+)
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": service} for service in _ASKED_AGAIN],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["CANCELLED"],
+            },
+        }
+    ],
+}
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     *_SIZE_OPTIONS,
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # A service that was restarted is found again within a second, not after gRPC's usual 20.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),

@@ -15,6 +15,8 @@ from svc_kit.addresses import grpc_target, parse_addresses
 from svc_kit.server import connect
 from svc_kit.tls import Tls
 from tests.certificates import Authority
+from tunery.account.v1 import key_service_pb2, key_service_pb2_grpc
+from tunery.trainer.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 
 @pytest.mark.parametrize(
@@ -100,3 +102,51 @@ async def test_a_certificate_for_another_host_is_not_believed(tmp_path: Path) ->
                     await ask(channel)
                 assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
     assert health.num_calls == 0
+
+
+class EndsAtFirst(key_service_pb2_grpc.KeyServiceServicer, worker_service_pb2_grpc.WorkerServiceServicer):
+    """Services that answer their first call as at their end."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    async def FindRevokedKeys(
+        self, request: key_service_pb2.FindRevokedKeysRequest, context: grpc.aio.ServicerContext
+    ) -> key_service_pb2.FindRevokedKeysResponse:
+        await self._end(context)
+        return key_service_pb2.FindRevokedKeysResponse()
+
+    async def LeaseJob(
+        self, request: worker_service_pb2.LeaseJobRequest, context: grpc.aio.ServicerContext
+    ) -> worker_service_pb2.LeaseJobResponse:
+        await self._end(context)
+        return worker_service_pb2.LeaseJobResponse()
+
+    async def _end(self, context: grpc.aio.ServicerContext) -> None:
+        self.num_calls += 1
+        if self.num_calls == 1:
+            await context.abort(grpc.StatusCode.CANCELLED)
+
+
+async def test_what_may_be_done_twice_is_asked_again_and_nothing_else() -> None:
+    service = EndsAtFirst()
+    server = grpc.aio.server()
+    key_service_pb2_grpc.add_KeyServiceServicer_to_server(service, server)
+    worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with connect(f"127.0.0.1:{port}") as channel:
+            keys = key_service_pb2_grpc.KeyServiceStub(channel)
+            await keys.FindRevokedKeys(key_service_pb2.FindRevokedKeysRequest(), timeout=10)
+            assert service.num_calls == 2
+
+            service.num_calls = 0
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await worker_service_pb2_grpc.WorkerServiceStub(channel).LeaseJob(
+                    worker_service_pb2.LeaseJobRequest(), timeout=10
+                )
+    finally:
+        await server.stop(None)
+    assert raised.value.code() == grpc.StatusCode.CANCELLED
+    assert service.num_calls == 1
