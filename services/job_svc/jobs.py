@@ -31,6 +31,14 @@ _JOB_ID = re.compile(r"job-[a-z2-7]{20}")
 _LARGEST_OFFSET = 2**31 - 1
 # torchtune's name for the attention's last matrix, whatever transformers calls it.
 OUTPUT_PROJECTION = "output_proj"
+# Put together once, which takes longer than SQLite's answer.
+_ID_OF_ACCOUNT = (jobs.c.id == sa.bindparam("job_id"), jobs.c.account_id == sa.bindparam("account_id"))
+_JOB = jobs.select().where(*_ID_OF_ACCOUNT)
+_JOB_WITH_MODEL = (
+    sa.select(jobs, models.c.id.label("model_id"))
+    .outerjoin_from(jobs, models, models.c.job_id == jobs.c.id)
+    .where(*_ID_OF_ACCOUNT)
+)
 
 
 def check_job_id(job_id: str) -> str:
@@ -178,7 +186,7 @@ class Jobs:
         Raises:
             NotFound: the account has no such job.
         """
-        return await self._one(jobs.select(), account_id, job_id)
+        return await self._one(_JOB, account_id, job_id)
 
     async def get_with_model(self, account_id: str, job_id: str) -> sa.Row[Any]:
         """Returns a job with the id of the model that it made, or None, as `model_id`.
@@ -186,14 +194,12 @@ class Jobs:
         Raises:
             NotFound: the account has no such job.
         """
-        made = models.c.job_id == jobs.c.id
-        query = sa.select(jobs, models.c.id.label("model_id")).outerjoin_from(jobs, models, made)
-        return await self._one(query, account_id, job_id)
+        return await self._one(_JOB_WITH_MODEL, account_id, job_id)
 
     async def _one(self, query: sa.Select[Any], account_id: str, job_id: str) -> sa.Row[Any]:
-        query = query.where(jobs.c.id == check_job_id(job_id), jobs.c.account_id == account_id)
+        names = {"job_id": check_job_id(job_id), "account_id": account_id}
         async with self._database.read() as connection:
-            row = (await connection.execute(query)).one_or_none()
+            row = (await connection.execute(query, names)).one_or_none()
         if row is None:
             raise NotFound(f"There is no job {job_id!r}.")
         return row

@@ -36,6 +36,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 TOKEN_SECONDS = 120
 _AUDIENCE = "tunery"
 _LEEWAY_SECONDS = 5
+_MAX_VERIFIED = 10_000
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,18 @@ class Issuer:
         return (authorization, (REQUEST_ID_HEADER, request_id)) if request_id else (authorization,)
 
 
+@dataclass(frozen=True)
+class _Verified:
+    """Whom a token names, from when and until when, in seconds since 1970."""
+
+    identity: Identity
+    issued_at: int
+    expires_at: int
+
+    def is_good_at(self, now: float) -> bool:
+        return self.issued_at - _LEEWAY_SECONDS <= now < self.expires_at + _LEEWAY_SECONDS
+
+
 class Verifier:
     """Checks tokens against the public keys of the known issuers."""
 
@@ -140,13 +153,26 @@ class Verifier:
         }
         if not self._keys:
             raise FileNotFoundError(f"no identity keys (*.pub) in {identity_dir}")
+        self._verified: dict[str, _Verified] = {}
 
     def verify(self, token: str) -> Identity:
         """Returns whom the token names.
 
+        A caller shows the same one for a minute or more. Its signature is checked once, its times always.
+
         Raises:
             Unauthenticated: the token is malformed, expired, of an unknown issuer, or not signed by it.
         """
+        known = self._verified.get(token)
+        if known and known.is_good_at(time.time()):
+            return known.identity
+        verified = self._verify(token)
+        if len(self._verified) >= _MAX_VERIFIED:
+            self._verified.clear()
+        self._verified[token] = verified
+        return verified.identity
+
+    def _verify(self, token: str) -> _Verified:
         try:
             kind: Kind = jwt.get_unverified_header(token)["kid"]  # an unknown one is the KeyError below
             claims = jwt.decode(
@@ -161,12 +187,13 @@ class Verifier:
         except (jwt.InvalidTokenError, KeyError, TypeError) as error:
             raise Unauthenticated("The identity token is not valid.") from error
         scopes = str(claims.get("scope", "")).split()
-        return Identity(
+        identity = Identity(
             kind=kind,
             subject=claims["sub"],
             scopes=frozenset(scope for scope in SCOPES if scope in scopes),
             key_id=str(claims.get("key", "")),
         )
+        return _Verified(identity, int(claims["iat"]), int(claims["exp"]))
 
 
 def write_identity_keys(identity_dir: Path) -> None:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from svc_kit import identity
 from svc_kit.errors import Unauthenticated
 from svc_kit.identity import Identity, Issuer, Verifier, write_identity_keys
+from tests.conftest import wait_until
 
 
 @pytest.fixture
@@ -63,6 +64,24 @@ def test_wrong_claims_are_refused(identity_dir: Path, changes: dict[str, object]
     token = jwt.encode(claims(**changes), key, algorithm="EdDSA", headers={"kid": "account"})
     with pytest.raises(Unauthenticated):
         Verifier(identity_dir).verify(token)
+
+
+def test_a_token_that_was_let_in_is_refused_once_its_time_is_over(identity_dir: Path) -> None:
+    key = Issuer.load("account", identity_dir)._private_key
+    # Clocks may differ by 5 seconds, so that it is good for one or two more.
+    soon_over = claims(exp=int(time.time()) - 3)
+    token = jwt.encode(soon_over, key, algorithm="EdDSA", headers={"kid": "account"})
+    verifier = Verifier(identity_dir)
+    assert verifier.verify(token).subject == "acct-x"
+
+    def is_refused() -> bool:
+        try:
+            verifier.verify(token)
+        except Unauthenticated:
+            return True
+        return False
+
+    wait_until(is_refused, 10, "the token's end")
 
 
 def test_a_trainer_cannot_vouch_for_an_account(identity_dir: Path) -> None:
