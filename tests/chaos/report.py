@@ -45,12 +45,9 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
         self._results |= {
             "command": " ".join(["python -m tests.chaos", *sys.argv[1:]]),
-            "commit": commit,
+            "commit": _commit(),
             "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         }
         RESULT.write_text(json.dumps(self._results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -74,6 +71,16 @@ class Report:
                 told = f"{len(drawn) - len(failed)} of {len(drawn)} random schedules pass on {stack}"
                 lines.append(f"{told}; those that fail: {failed}." if failed else f"{told}.")
         return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    """The commit that runs, and whether more than the results differs from it."""
+    results = [f":!{path.relative_to(ROOT)}" for path in (RESULT, PAGE)]
+    name = subprocess.run(
+        ["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    is_clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", *results], cwd=ROOT, check=False)
+    return name if is_clean.returncode == 0 else f"{name}-dirty"
 
 
 def _mark(fault: str, moment: str, cell: dict[str, Any] | None) -> str:
