@@ -31,7 +31,8 @@ ROWS = "question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range
 OPERATIONS: dict[str, tuple[str, str, str]] = {
     "GET a job": ("GET", f"{API}/jobs/{{}}", "job"),
     "cancel a job": ("POST", f"{API}/jobs/{{}}/cancel", "job"),
-    "follow a log": ("GET", "/fine_tuning/jobs/{}/tail", "job"),
+    "follow a log": ("GET", "/fine_tuning/jobs/tail?job_id={}", "job"),
+    "download a model": ("GET", f"{API}/models/{{}}/artifact", "model"),
     "GET a dataset": ("GET", f"{API}/datasets/{{}}", "dataset"),
     "delete a dataset": ("DELETE", f"{API}/datasets/{{}}", "dataset"),
     "delete a model": ("DELETE", f"{API}/models/{{}}", "model"),
@@ -47,7 +48,7 @@ def owned(stack: WholeStack) -> dict[str, str]:
         asked = {"base_model": "tunery-tiny", "dataset_id": dataset, "task_type": "qa"}
         body = {**asked, "hyperparameters": {"max_steps": 1}}
         job = client.post(f"{API}/jobs", json=body).raise_for_status().json()["id"]
-        client.get(f"/fine_tuning/jobs/{job}/tail", timeout=120)  # ends with the job
+        client.get(f"{API}/jobs/{job}/metrics", timeout=120)  # ends with the job
         model = client.get(f"{API}/jobs/{job}").json()["fine_tuned_model"]
         made = client.post("/api/v1/keys", json={"name": "second", "scopes": ["read"]}).raise_for_status()
     return {"dataset": dataset, "job": job, "model": model, "key": made.json()["key"]["id"]}
@@ -96,9 +97,9 @@ def measure(num_calls: int) -> dict[str, object]:
                 took: dict[bool, list[float]] = {True: [], False: []}
                 order = [True, False] * num_calls
                 random.shuffle(order)
+                paths = {True: template.format(ids[kind]), False: template.format(nobodys(ids[kind]))}
                 for is_anothers in [*order[:WARM_UP_CALLS], *order]:
-                    id_ = ids[kind] if is_anothers else nobodys(ids[kind])
-                    took[is_anothers].append(seconds_of(client, method, template.format(id_)))
+                    took[is_anothers].append(seconds_of(client, method, paths[is_anothers]))
                 anothers, nobody = (times[-num_calls:] for times in (took[True], took[False]))
                 found[name] = {
                     "anothers_ms": round(1000 * statistics.median(anothers), 3),
