@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/id_timing.py [--calls 2000] [--json]
 
-The claim: it doesn't. For each operation that takes an id, an account asks for another's and for one that
-nobody has, in random order, over one connection. Kept is how often the answer about another's takes longer
-than that about nobody's, of all pairs of the two: 50 % tells nothing. Chance alone makes it differ from that
-by up to `noise` (three standard deviations).
+The claim: it doesn't. An account asks for another's and for one that nobody has, in random order, over one
+connection, by eight operations that look for it each in a way of its own. Kept is how often the answer about
+another's takes longer than that about nobody's, of all pairs of the two: 50 % tells nothing. Chance alone
+makes it differ from that by up to `noise` (three standard deviations).
 Prints a table, and writes `bench/results/id_timing.json` with the commit and the hardware.
 """
 

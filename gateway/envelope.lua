@@ -27,6 +27,7 @@ local UNFORESEEN = {"server_error", "internal_error", "The service failed; its l
 -- Texts of Envoy's own that tell what a gRPC status code alone doesn't.
 local ROUTER_TIMEOUT = "upstream request timeout"
 local BODY_OVER_LIMIT = "request too long"
+local BODY_NOT_KEPT = "exceeded request buffer limit while retrying upstream"
 local NDJSON = "application/x-ndjson"
 local INTERNAL_HEADERS = {"x-http-status", "x-http-content-type"}
 local GRPC_HEADERS = {"grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding"}
@@ -134,6 +135,7 @@ local function envelope(http_status, content_type, text)
     return http_status, message or quoted(row[3]), plain(metadata.type) or row[1], plain(info.reason)
   end
   if type(status) == "table" and status.message == quoted(ROUTER_TIMEOUT) then http_status = "504" end
+  if http_status == "507" then http_status = "503" end  -- Envoy's own: more was sent than it keeps to send again
   local row = PLAIN[http_status] or UNFORESEEN
   return http_status, quoted(row[3]), row[1], row[2]
 end
@@ -145,6 +147,9 @@ local function answer_native(headers)
   if message == ROUTER_TIMEOUT then
     headers:replace("grpc-status", "4")
     headers:replace("grpc-message", PLAIN["504"][3])
+  elseif message == BODY_NOT_KEPT then
+    headers:replace("grpc-status", "14")
+    headers:replace("grpc-message", PLAIN["503"][3])
   elseif message == BODY_OVER_LIMIT then
     headers:replace("grpc-status", "11")
     headers:replace("grpc-message", PLAIN["413"][3])

@@ -24,8 +24,9 @@ from svc_kit.ids import new_id
 
 # A key that is taken back still works for at most this long, here and at the gateway together.
 LOOKUP_SECONDS = 4.0
-# Services take a token for the whole of a call's start, queueing included.
-MIN_TOKEN_SECONDS = 30.0
+# A service is shown a token when the call reaches it: after a wait for the service or, where that ended
+# meanwhile, a second time.
+MIN_TOKEN_SECONDS = 100.0
 _MAX_CACHED = 10_000
 MAX_NAME_CHARS = 100
 MAX_KEYS = 100

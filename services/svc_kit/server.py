@@ -42,25 +42,27 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Pings as often as channels send them are welcome.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MS // 2),
 )
-# What services ask each other may be done twice, as their protos say, and is asked again where a server, at
-# its end, answers `cancelled`. A trainer's calls may not: two leases would be two jobs.
-_ASKED_AGAIN = (
-    "tunery.account.v1.KeyService",
-    "tunery.dataset.v1.JobDataService",
-    "tunery.job.v1.CreditAccountService",
-    "tunery.job.v1.ModelArtifactService",
+# Quick calls between services, which may be done twice, as their protos say. They are asked again where a
+# server is at its end, of which it tells in either way. Trainers try again by themselves.
+ASKED_AGAIN = (
+    ("tunery.account.v1.KeyService", "FindRevokedKeys"),
+    ("tunery.dataset.v1.JobDataService", "HoldJobData"),
+    ("tunery.dataset.v1.JobDataService", "ReleaseJobData"),
+    ("tunery.job.v1.CreditAccountService", "OpenCreditAccount"),
+    ("tunery.job.v1.JobLifeService", "FilterLiveJobs"),
+    ("tunery.job.v1.ModelArtifactService", "FindModelArtifact"),
 )
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
-            "name": [{"service": service} for service in _ASKED_AGAIN],
+            "name": [{"service": service, "method": method} for service, method in ASKED_AGAIN],
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["CANCELLED"],
+                "retryableStatusCodes": ["CANCELLED", "UNAVAILABLE"],
             },
         }
     ],

@@ -73,9 +73,10 @@ def test_what_another_version_has_is_not_said_of_the_pinned_one(tmp_path: Path) 
     assert "1 of 2 pinned versions audited, 0 vulnerable" in done.stdout
 
 
-def test_an_audit_of_nothing_fails(tmp_path: Path) -> None:
-    with index({}) as url:
-        assert audit(tmp_path, url, "old==1.0\n").returncode == 1
+def test_an_audit_of_less_than_half_fails(tmp_path: Path) -> None:
+    with index({"/pypi/sound/json": page("2.0")}) as url:
+        assert audit(tmp_path, url, "sound==2.0\nold==1.0\n").returncode == 0
+        assert audit(tmp_path, url, "sound==2.0\nold==1.0\nolder==1.0\n").returncode == 1
     gone = audit(tmp_path, url, "old==1.0\n")
     assert gone.returncode == 1
     assert "can't be asked" in gone.stderr

@@ -329,7 +329,7 @@ async def test_a_key_not_found_is_looked_up_again(world: World) -> None:
     assert (await world.identity(FIRST_KEY, accounts)).scopes == ALL
 
 
-async def test_a_token_is_used_again_until_30_seconds_are_left(world: World) -> None:
+async def test_a_token_is_used_again_until_100_seconds_are_left(world: World) -> None:
     await world.accounts().ensure_first(FIRST_KEY)
     issued = []
 

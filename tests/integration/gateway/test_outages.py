@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import structlog
 
@@ -23,7 +25,7 @@ from svc_kit.identity import Issuer, Verifier, write_identity_keys
 from svc_kit.rest_answers import CREATED
 from tests.integration.gateway.stack import FIRST_KEY, Gateway, run_gateway, run_server, stat, wait_until
 from tests.integration.gateway.upstreams import Upstreams, make_upstream
-from tunery.dataset.v1 import dataset_pb2
+from tunery.dataset.v1 import dataset_pb2, dataset_service_pb2, dataset_service_pb2_grpc
 from tunery.job.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -208,6 +210,68 @@ async def test_an_upload_with_a_key_is_sent_again_when_its_service_ends(
     assert len(sizes) == (2 if is_sent_again else 1)
     assert len(set(sizes)) == 1
     assert sizes[0] > num_bytes
+
+
+async def test_a_large_upload_that_is_still_sent_when_its_service_ends_is_503(tmp_path: Path) -> None:
+    address = free_address()
+    arrived = asyncio.Event()
+    has_ended = threading.Event()
+
+    async def take(parts: Any, _context: Any) -> None:
+        async for _ in parts:
+            arrived.set()
+        raise AssertionError("the service has ended")
+
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 100_000
+        assert has_ended.wait(30)
+        yield from [b"x" * 100_000] * 30
+
+    def upload(url: str) -> httpx.Response:
+        # The blocking client: the asynchronous one looks for no answer while it writes.
+        headers = {"authorization": f"Bearer {FIRST_KEY}", "idempotency-key": "k"}
+        return httpx.post(f"{url}{DATASETS}", content=chunks(), headers=headers, timeout=30)
+
+    async with run_gateway(tmp_path, dataset_svc_address=address) as gateway:
+        gateway.upstreams.on("UploadCsvForm", take)
+        async with running_upstream("dataset_svc", gateway, address):
+            uploading = asyncio.create_task(asyncio.to_thread(upload, gateway.url))
+            await arrived.wait()
+        has_ended.set()
+        answer = await uploading
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+async def test_a_large_native_upload_whose_service_is_away_is_unavailable(tmp_path: Path) -> None:
+    is_refused = threading.Event()
+
+    def chunks() -> Iterator[dataset_service_pb2.UploadDatasetRequest]:
+        chunk = dataset_service_pb2.UploadDatasetRequest(chunk=b"x" * 100_000)
+        yield chunk
+        assert is_refused.wait(30)
+        yield from [chunk] * 30
+
+    def upload(gateway_address: str) -> Any:
+        # The blocking client: grpc.aio shows an answer that meets its writing as INTERNAL.
+        with grpc.insecure_channel(gateway_address) as channel:
+            stub = dataset_service_pb2_grpc.DatasetServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.UploadDataset(chunks(), metadata=AUTHORIZATION)
+        return raised.value
+
+    async with run_gateway(tmp_path, dataset_svc_address=free_address()) as gateway:
+        uploading = asyncio.create_task(asyncio.to_thread(upload, gateway.address))
+
+        async def refused() -> bool:
+            return await stat(gateway, "cluster.dataset_svc.upstream_rq_retry") > 0
+
+        await wait_until(refused)
+        is_refused.set()
+        error = await uploading
+
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert error.details() == "A part of the service can't be reached for now; try again."
 
 
 async def test_without_the_auth_check_nobody_is_let_in(tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from svc_kit.addresses import grpc_target, parse_addresses
-from svc_kit.server import connect
+from svc_kit.server import ASKED_AGAIN, connect
 from svc_kit.tls import Tls
 from tests.certificates import Authority
 from tunery.account.v1 import key_service_pb2, key_service_pb2_grpc
+from tunery.dataset.v1 import job_data_service_pb2  # noqa: F401
+from tunery.job.v1 import credit_service_pb2, job_service_pb2, model_service_pb2  # noqa: F401
 from tunery.trainer.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 
@@ -107,8 +110,9 @@ async def test_a_certificate_for_another_host_is_not_believed(tmp_path: Path) ->
 class EndsAtFirst(key_service_pb2_grpc.KeyServiceServicer, worker_service_pb2_grpc.WorkerServiceServicer):
     """Services that answer their first call as at their end."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: grpc.StatusCode) -> None:
         self.num_calls = 0
+        self._status = status
 
     async def FindRevokedKeys(
         self, request: key_service_pb2.FindRevokedKeysRequest, context: grpc.aio.ServicerContext
@@ -125,11 +129,18 @@ class EndsAtFirst(key_service_pb2_grpc.KeyServiceServicer, worker_service_pb2_gr
     async def _end(self, context: grpc.aio.ServicerContext) -> None:
         self.num_calls += 1
         if self.num_calls == 1:
-            await context.abort(grpc.StatusCode.CANCELLED)
+            await context.abort(self._status)
 
 
-async def test_what_may_be_done_twice_is_asked_again_and_nothing_else() -> None:
-    service = EndsAtFirst()
+def test_what_is_asked_again_is_there() -> None:
+    pool = descriptor_pool.Default()
+    for service, method in ASKED_AGAIN:
+        assert pool.FindMethodByName(f"{service}.{method}")
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE])
+async def test_what_may_be_done_twice_is_asked_again_and_nothing_else(status: grpc.StatusCode) -> None:
+    service = EndsAtFirst(status)
     server = grpc.aio.server()
     key_service_pb2_grpc.add_KeyServiceServicer_to_server(service, server)
     worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
@@ -148,5 +159,5 @@ async def test_what_may_be_done_twice_is_asked_again_and_nothing_else() -> None:
                 )
     finally:
         await server.stop(None)
-    assert raised.value.code() == grpc.StatusCode.CANCELLED
+    assert raised.value.code() == status
     assert service.num_calls == 1
