@@ -36,7 +36,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 TOKEN_SECONDS = 120
 _AUDIENCE = "tunery"
 _LEEWAY_SECONDS = 5
-_MAX_VERIFIED = 10_000
+_MAX_VERIFIED = 2_000
 _MAX_KEPT_CHARS = 2_000  # a process of the stack can make them as long as it likes
 
 
