@@ -84,8 +84,10 @@ class Sweeper:
         query = jobs.select().where(jobs.c.status.in_(sorted(ENDED)), ~jobs.c.swept, nobody_writes)
         if job_id is not None:
             query = query.where(jobs.c.id == job_id)
+        # Not by the number itself: PostgreSQL would go through all jobs in that order to find the few due.
+        query = query.order_by(jobs.c.number + 0).limit(_PAGE)
         async with self._database.read() as connection:
-            return list(await connection.execute(query.order_by(jobs.c.number).limit(_PAGE)))
+            return list(await connection.execute(query))
 
     async def _sweep(self, job: sa.Row[Any]) -> None:
         kept_checkpoints = sa.select(checkpoints.c.object_prefix).where(checkpoints.c.job_id == job.id)
