@@ -25,7 +25,7 @@ import grpc
 import psutil
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from kept_results import keep
-from stacks import WholeStack, whole_stack
+from stacks import NO_RATE_LIMIT, ROWS, WholeStack, whole_stack
 
 from tunery.job.v1 import job_service_pb2
 
@@ -191,8 +191,7 @@ def identity(authz_address: str, api_key: str) -> str:
 def make_job(stack: WholeStack) -> str:
     """Makes a job, ended at once."""
     with stack.client() as client:
-        rows = "question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(10))
-        dataset = client.post("/api/v1/fine-tuning/datasets", files={"file": ("rows.csv", rows)}).json()
+        dataset = client.post("/api/v1/fine-tuning/datasets", files={"file": ("rows.csv", ROWS)}).json()
         asked = {"base_model": "tunery-tiny", "dataset_id": dataset["id"], "task_type": "qa"}
         job_id = str(client.post(JOBS, json=asked).raise_for_status().json()["id"])
         client.post(f"{JOBS}/{job_id}/cancel").raise_for_status()
@@ -201,8 +200,7 @@ def make_job(stack: WholeStack) -> str:
 
 def measure(seconds: float, rounds: int, num_connections: int) -> dict[str, object]:
     """Runs a stack of its own; the legs take turns."""
-    limits = {"TUNERY_GATEWAY_REQUESTS_PER_SECOND": "1000000", "TUNERY_GATEWAY_REQUEST_BURST": "1000000"}
-    with whole_stack(**limits) as stack:
+    with whole_stack(**NO_RATE_LIMIT) as stack:
         job_id = make_job(stack)
         processes = stack_processes(stack.process)
         return compare(processes, stack.port, stack.api_key, job_id, seconds, rounds, num_connections)

@@ -21,12 +21,11 @@ import time
 import grpc
 import httpx
 from kept_results import keep
-from stacks import WholeStack, whole_stack
+from stacks import NO_RATE_LIMIT, ROWS, WholeStack, whole_stack
 
 from tunery.account.v1 import account_service_pb2, account_service_pb2_grpc
 
 API = "/api/v1/fine-tuning"
-ROWS = "question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(10))
 # What is asked, with the name of the id in it.
 OPERATIONS: dict[str, tuple[str, str, str]] = {
     "GET a job": ("GET", f"{API}/jobs/{{}}", "job"),
@@ -88,9 +87,8 @@ def share_of_longer(some: list[float], others: list[float]) -> float:
 
 def measure(num_calls: int) -> dict[str, object]:
     """Runs a stack of its own and asks `num_calls` times for each kind of id, of each operation."""
-    limits = {"TUNERY_GATEWAY_REQUESTS_PER_SECOND": "1000000", "TUNERY_GATEWAY_REQUEST_BURST": "1000000"}
     found = {}
-    with whole_stack(**limits) as stack:
+    with whole_stack(**NO_RATE_LIMIT) as stack:
         ids = owned(stack)
         with stack.client(other_key(stack)) as client:
             for name, (method, template, kind) in OPERATIONS.items():

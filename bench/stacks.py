@@ -25,6 +25,12 @@ from tunery.up import find_weed
 
 _STOP_SECONDS = (5.0, 5.0, 5.0)
 _END_SECONDS = 30
+# Settings for a stack, and the rows of a small dataset.
+NO_RATE_LIMIT = {
+    "TUNERY_GATEWAY_REQUESTS_PER_SECOND": "1000000",
+    "TUNERY_GATEWAY_REQUEST_BURST": "1000000",
+}
+ROWS = "question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(10))
 
 
 @dataclass(frozen=True)

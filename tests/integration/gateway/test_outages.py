@@ -90,9 +90,6 @@ async def test_a_service_that_is_away_is_503(tmp_path: Path) -> None:
 async def test_a_create_that_may_have_been_done_is_not_sent_again(tmp_path: Path) -> None:
     address = free_address()
     async with run_gateway(tmp_path, job_svc_address=address) as gateway:
-        server = make_upstream("job_svc", gateway.upstreams, Verifier(tmp_path / "identity"))
-        server.add_insecure_port(address)
-        await server.start()
         reached = asyncio.Event()
 
         async def hang(_request: Any, _context: Any) -> None:
@@ -100,9 +97,9 @@ async def test_a_create_that_may_have_been_done_is_not_sent_again(tmp_path: Path
             await asyncio.Event().wait()
 
         gateway.upstreams.on("CreateJobFromJson", hang)
-        call = asyncio.create_task(gateway.client.post(JOBS, content=b"{}"))
-        await reached.wait()
-        await server.stop(None)
+        async with running_upstream("job_svc", gateway, address):
+            call = asyncio.create_task(gateway.client.post(JOBS, content=b"{}"))
+            await reached.wait()
 
         answer = await call
 
