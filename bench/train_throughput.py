@@ -7,11 +7,13 @@ TRL's default and 5 times its best setting, full fine-tuning at 3 times, with th
 rows. Each run is a process group of its own; the runs of a round follow each other, and medians over the
 rounds count. What other programs took of the machine meanwhile is noted, and a disturbed run is repeated.
 
-On a GPU (`--device cuda`) the model is a Llama of one billion parameters made from a config, on rows of 2,048
-tokens; there, and here, the share of the measured peak of bfloat16 matrix products is reported, with the
-model's operations counted as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311).
+On a GPU (`--device cuda`) the model is a Llama of one billion parameters made from a config, on 64 rows of
+GSM8K a step or, with `--rows long`, on eight rows of 2,048 tokens, of which every one is a target. There, and
+here, the share of the measured peak of bfloat16 matrix products is reported, with the model's operations
+counted as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311).
 
-Needs the `bench` extra: `make bench` installs it. Writes `bench/results/train_throughput_METHOD.json`.
+Needs the `bench` extra: `make bench` installs it; the peers with `liger` in their names need the package
+liger-kernel besides, which brings Triton. Writes `bench/results/train_throughput_METHOD.json`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -42,7 +45,8 @@ from tunery.models_dir import models_dir
 BENCH = Path(__file__).parent
 ROWS = BENCH.parent / "tests" / "e2e" / "gsm8k" / "rows.jsonl"
 MODEL_ID = "smollm2-135m-instruct"
-ROWS_PER_STEP = 8
+ROWS_PER_STEP = {"cpu": 8, "cuda": 64}
+LONG_ROWS_PER_STEP = 8
 LONGEST = {"cpu": 1024, "cuda": 2048}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"kind": "lora", "rank": 8, "alpha": 16}, "learning_rate": 2e-4},
@@ -73,12 +77,31 @@ PEERS: dict[str, dict[str, Any]] = {
         "weights_dtype": "bfloat16",
         "arguments": {"gradient_checkpointing": False},
     },
+    "trl-liger": {
+        "peer": "trl",
+        "weights_dtype": "float32",
+        "arguments": {"gradient_checkpointing": False, "use_liger_kernel": True},
+    },
+    "trl-bfloat16-liger": {
+        "peer": "trl",
+        "weights_dtype": "bfloat16",
+        "arguments": {"gradient_checkpointing": False, "use_liger_kernel": True},
+    },
+    "trl-liger-packed": {
+        "peer": "trl",
+        "weights_dtype": "float32",
+        "arguments": {
+            **{"gradient_checkpointing": False, "use_liger_kernel": True},
+            **{"packing": True, "per_device_train_batch_size": 8},
+        },
+    },
     "hf": {"peer": "hf", "weights_dtype": "float32", "arguments": {}},
 }
 GROUPS = {
     "trl": ["trl-default", "trl-padding-free", "trl-packed"],
     "hf": ["hf"],
     "trl-all": [name for name in PEERS if name != "hf"],
+    "trl-gpu": ["trl-default", "trl-padded", "trl-liger", "trl-bfloat16-liger", "trl-liger-packed"],
 }
 
 
@@ -111,6 +134,7 @@ class Workload:
     rows_file: Path
     method: str
     steps: int
+    rows_per_step: int
     device: str
 
     @property
@@ -123,7 +147,7 @@ class Workload:
             base_model_id=MODEL_ID,
             training_file=self.rows_file,
             output_dir=output_dir,
-            batch_size=ROWS_PER_STEP,
+            batch_size=self.rows_per_step,
             max_steps=self.steps,
             shuffle=False,
             extras={"max_sequence_length": self.longest, "compile": self.device == "cuda"},
@@ -136,25 +160,21 @@ class Workload:
 
     def tokens_of_steps(self) -> list[int]:
         lengths = [example.num_tokens for example in self.examples()]
-        return [sum(lengths[i : i + ROWS_PER_STEP]) for i in range(0, len(lengths), ROWS_PER_STEP)]
+        starts = range(0, len(lengths), self.rows_per_step)
+        return [sum(lengths[start : start + self.rows_per_step]) for start in starts]
 
 
-def make_workload(folder: Path, device: str, method: str, steps: int) -> Workload:
+def make_workload(folder: Path, device: str, method: str, steps: int, *, long_rows: bool = False) -> Workload:
     """The rows and, for a GPU, the model."""
     rows_file = folder / "rows.jsonl"
-    few = ROWS.read_text(encoding="utf-8").splitlines()
-    lines = list(itertools.islice(itertools.cycle(few), 40 * steps * ROWS_PER_STEP))
+    dialogs = itertools.cycle(ROWS.read_text(encoding="utf-8").splitlines())
+    rows_per_step = LONG_ROWS_PER_STEP if long_rows else ROWS_PER_STEP[device]
+    num_rows = steps * rows_per_step
+    lines = [_long_row(dialogs) if long_rows else next(dialogs) for _ in range(num_rows)]
+    rows_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     smollm = models_dir(os.environ) / MODEL_ID
     if device == "cpu":
-        rows_file.write_text("\n".join(lines[: steps * ROWS_PER_STEP]) + "\n", encoding="utf-8")
-        return Workload(smollm, rows_file, method, steps, device)
-    # Forty rows of GSM8K are more than 2,048 tokens.
-    texts = [
-        " ".join(message["content"] for line in lines[i : i + 40] for message in json.loads(line)["dialog"])
-        for i in range(0, 40 * steps * ROWS_PER_STEP, 40)
-    ]
-    rows = [json.dumps({"text": texts[i % len(texts)]}) for i in range(steps * ROWS_PER_STEP)]
-    rows_file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return Workload(smollm, rows_file, method, steps, rows_per_step, device)
     model_dir = folder / "model"
     tokenizer = AutoTokenizer.from_pretrained(smollm)
     config = LlamaConfig(
@@ -168,9 +188,19 @@ def make_workload(folder: Path, device: str, method: str, steps: int) -> Workloa
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model_dir)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
-    return Workload(model_dir, rows_file, method, steps, device)
+    return Workload(model_dir, rows_file, method, steps, rows_per_step, device)
+
+
+def _long_row(dialogs: Iterator[str]) -> str:
+    """Forty dialogs as one text: more than 2,048 tokens."""
+    texts = [
+        message["content"] for line in itertools.islice(dialogs, 40) for message in json.loads(line)["dialog"]
+    ]
+    return json.dumps({"text": " ".join(texts)})
 
 
 def run(name: str, workload: Workload, folder: Path) -> Measured:
@@ -285,7 +315,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     names = ["engine", *(name for peer in options.peer for name in GROUPS.get(peer, [peer]))]
     runs: dict[str, list[Measured]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="tunery-bench-") as folder:
-        workload = make_workload(Path(folder), options.device, options.method, options.steps)
+        workload = make_workload(
+            Path(folder), options.device, options.method, options.steps, long_rows=options.rows == "long"
+        )
         for number in range(options.rounds):
             for name in names:
                 place = Path(folder, f"{number}-{name}")
@@ -325,6 +357,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", choices=["short", "long"], default="short")
     parser.add_argument(
         "--most-elsewhere",
         type=float,
@@ -338,9 +371,10 @@ def main() -> None:
     result = measure(options)
     result["threads"] = torch.get_num_threads()
     if not options.dry:
-        device = "" if options.device == "cpu" else "_cuda"
+        kind = "" if options.device == "cpu" else "_cuda"
+        kind += "_long_rows" if options.rows == "long" else ""
         machine = torch.cuda.get_device_name() if options.device == "cuda" else None
-        result = keep(f"train_throughput_{options.method}{device}", result, machine)
+        result = keep(f"train_throughput_{options.method}{kind}", result, machine)
     if options.json:
         print(json.dumps(result))
         return

@@ -104,17 +104,19 @@ def measure(base_model_dir: Path, kind: Kind, dtype: Dtype) -> Probe:
         def step(rows: list[Example]) -> float:
             return _least_seconds(lambda: _take_step(gradients, workload, rows))
 
-        one, four = _rows(workload, 1, all_targets=False), _rows(workload, 4, all_targets=False)
+        tokens_per_pass = TOKENS_PER_PASS[group.device.type]
+        one = _rows(workload, 1, all_targets=False)
         _take_step(gradients, workload, one)  # the optimizer makes its state in its first step
         base_memory = float(peak_memory_bytes(group.device))
-        seconds_one, seconds_four = step(one), step(four)
-        seconds_targets = step(_rows(workload, 4, all_targets=True))
+        seconds_one, num_rows = step(one), 4
+        seconds_all = step(_rows(workload, num_rows, all_targets=False))
+        seconds_targets = step(_rows(workload, num_rows, all_targets=True))
         memory = float(peak_memory_bytes(group.device))
-        num_rows, seconds_all = 4, seconds_four
-        if seconds_four <= _SHORT_STEP_SECONDS:
-            # The machine's noise is as long as what four rows take.
-            num_rows = 64
+        if seconds_all <= _SHORT_STEP_SECONDS:
+            # The machine's noise is as long as what four rows take, and a GPU has hardly begun.
+            num_rows = max(64, tokens_per_pass // _ROW_TOKENS)
             seconds_all = step(_rows(workload, num_rows, all_targets=False))
+            seconds_targets = step(_rows(workload, num_rows, all_targets=True))
     kept_for_sizes = _KEPT_FOR_SIZES_BYTES if group.device.type == "cpu" else 0.0
     per_token = max(seconds_all - seconds_one, 0.0) / ((num_rows - 1) * _ROW_TOKENS)
     return Probe(
@@ -122,11 +124,11 @@ def measure(base_model_dir: Path, kind: Kind, dtype: Dtype) -> Probe:
         load_seconds=load_seconds,
         seconds_per_step=max(seconds_one - per_token * _ROW_TOKENS, 0.0),
         seconds_per_token=per_token,
-        seconds_per_target=max(seconds_targets - seconds_four, 0.0) / (4 * _ROW_TOKENS),
+        seconds_per_target=max(seconds_targets - seconds_all, 0.0) / (num_rows * _ROW_TOKENS),
         base_memory_bytes=base_memory + kept_for_sizes,
         bytes_per_token=max(memory - base_memory, 0.0) / (3 * _ROW_TOKENS),
         total_memory_bytes=float(total_memory_bytes(group.device)),
-        tokens_per_pass=TOKENS_PER_PASS[group.device.type],
+        tokens_per_pass=tokens_per_pass,
     )
 
 

@@ -20,7 +20,7 @@ _ARTIFACT_FILE_ENDINGS = (".safetensors", ".json", ".jinja", ".md", ".model")
 MERGED_DIR = "merged"  # in an artifact: the model with the adapter merged in
 
 # By device. Past this a pass's matrix products gain nothing, and its activations are what fills the memory.
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192}
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 
 
 class _Spec(BaseModel):

@@ -19,6 +19,7 @@ from trainer_svc.engine.adapters import add_adapters, target_modules
 from trainer_svc.engine.base_model import compute_dtype, load_base_model
 from trainer_svc.engine.bitsandbytes import num_weights
 from trainer_svc.engine.checkpoint import RunIdentity, TrainingState, load_checkpoint, read_training_state
+from trainer_svc.engine.device import matrix_peak_flops
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.examples import ExampleSet, load_examples
@@ -71,6 +72,7 @@ class Workload:
     plan: Plan
     start: TrainingState
     dtype: torch.dtype
+    matrix_peak_flops: float
     stored_dtype: torch.dtype
     packs_rows: bool
     is_sharded: bool
@@ -100,6 +102,7 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
     if spec.extras.compile:
         _check_compiler()
     dtype = compute_dtype(spec.extras.dtype, group.device)
+    peak_flops = matrix_peak_flops(group.device, dtype)  # while there is room for large matrices
     # Frozen weights can be held in the format of the products; weights that learn need float32, since most
     # updates are smaller than bfloat16's steps.
     weights_dtype = dtype if isinstance(spec.method, LoraMethod) else torch.float32
@@ -148,6 +151,7 @@ def prepare(spec: RunSpec, group: ProcessGroup, events: EventLog) -> Workload:
         plan=plan,
         start=start,
         dtype=dtype,
+        matrix_peak_flops=peak_flops,
         stored_dtype=base.stored_dtype,
         packs_rows=base.packs_rows,
         is_sharded=isinstance(model, FSDPModule),

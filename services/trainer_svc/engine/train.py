@@ -14,12 +14,7 @@ from peft.helpers import disable_input_dtype_casting
 
 from trainer_svc.engine.artifact import ARTIFACT_DIR
 from trainer_svc.engine.checkpoint import CheckpointMark, TrainingState
-from trainer_svc.engine.device import (
-    free_unused_memory,
-    make_deterministic,
-    matrix_peak_flops,
-    peak_memory_bytes,
-)
+from trainer_svc.engine.device import free_unused_memory, make_deterministic, peak_memory_bytes
 from trainer_svc.engine.errors import Diverged, JobFault, Stopped
 from trainer_svc.engine.events import EVENTS_FILE, EventLog, Subscriber, format_duration, plain_log
 from trainer_svc.engine.examples import Example
@@ -174,7 +169,6 @@ class Loop:
         self._gradients = GradientComputer(spec, group, events, workload)
         self._progress = Progress()
         self._flops = FlopCounts.of(workload.model, workload.base)
-        self._matrix_peak_flops = matrix_peak_flops(group.device, workload.dtype)
         self._order: tuple[int, list[int]] = (0, [])
 
     def way_back(self) -> _WayBack:
@@ -285,7 +279,7 @@ class Loop:
         }
         if state.step % self._spec.extras.report_every_steps == 0 or state.step == total_steps:
             flops = self._flops.of_rows(rows) / self._group.world_size
-            share = flops / self._progress.last_step_seconds / self._matrix_peak_flops
+            share = flops / self._progress.last_step_seconds / self._workload.matrix_peak_flops
             facts |= {
                 "peak_memory_bytes": peak_memory_bytes(self._group.device),
                 "padding_share": round(result.padding_share, 4),

@@ -15,19 +15,24 @@ import pytest
 import torch
 
 from svc_kit.catalog import load_catalog
+from tests.unit.engine.ranks import too_few_gpus_hidden
 from trainer_svc.base_models import pull
 from trainer_svc.engine.base_model import BaseModel, load_base_model
+from trainer_svc.engine.device import make_deterministic
 from trainer_svc.engine.events import EventLog
 from trainer_svc.engine.process_group import single_process
 from trainer_svc.engine.run_spec import RunSpec
 from trainer_svc.engine.train import train
 
-CPU = torch.device("cpu")
+# What the tests compute on: a GPU where there is one, unless `CUDA_VISIBLE_DEVICES=` hides it.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """The tiny model's products are too small to share: on a busy machine threads wait for each other."""
+def _as_the_engine_runs() -> None:
+    """Deterministic; in one thread, since the tiny model's products are too small to share."""
+    make_deterministic()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -39,7 +44,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_dir: Path) -> BaseModel:
-    return load_base_model(tiny_dir, torch.float32, CPU)
+    return load_base_model(tiny_dir, torch.float32, DEVICE)
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def run_engine() -> Callable[[RunSpec], Run]:
         spec.output_dir.mkdir()
         events = EventLog(spec.output_dir)
         try:
-            train(spec, single_process(CPU), events)
+            train(spec, single_process(DEVICE), events)
         finally:
             events.close()
         return read_run(spec.output_dir)
@@ -124,7 +129,8 @@ def run_torchrun(tmp_path: Path) -> Callable[..., tuple[int, Run]]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         command += [str(num_processes), "-m", "trainer_svc.engine", str(spec_file)]
         services = str(Path(__file__).parents[3] / "services")
-        result = subprocess.run(command, env=os.environ | {"PYTHONPATH": services}, check=False)
+        environment = os.environ | {"PYTHONPATH": services} | too_few_gpus_hidden(num_processes)
+        result = subprocess.run(command, env=environment, check=False)
         return result.returncode, read_run(spec.output_dir)
 
     return run

@@ -1,4 +1,7 @@
-"""Processes of a run, forked from a server that has imported everything: torchrun takes seconds to start."""
+"""Processes of a run, forked from a server that has imported everything: torchrun takes seconds to start.
+
+Where there is a GPU they are started each by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import pytest
 import torch
 
 from trainer_svc.engine.device import make_deterministic
@@ -21,7 +25,9 @@ from trainer_svc.engine.run_spec import RunSpec
 from trainer_svc.engine.train import train
 from tunery.ports import free_ports
 
-_SERVER = multiprocessing.get_context("forkserver")
+# What CUDA has begun in a process can't be forked, and to import everything is enough for that.
+_START = "spawn" if torch.cuda.is_available() else "forkserver"
+_SERVER = multiprocessing.get_context(_START)
 
 
 def run_ranks(
@@ -44,14 +50,19 @@ def run_ranks(
 
 def in_ranks(num_processes: int, work: Callable[..., None], *arguments: Any) -> bool:
     """Calls a module's function with the process group and the arguments, in processes of one group."""
-    _SERVER.set_forkserver_preload([__name__])
+    if _START == "forkserver":
+        _SERVER.set_forkserver_preload([__name__])
     port = free_ports(1)[0]
+    environment = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes: list[BaseProcess] = [
-        _SERVER.Process(target=_rank, args=(rank, num_processes, port, work, arguments))
+        _SERVER.Process(target=_rank, args=(rank, environment, work, arguments))
         for rank in range(num_processes)
     ]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in too_few_gpus_hidden(num_processes).items():
+            patch.setenv(name, value)
+        for process in processes:
+            process.start()
     running = {process.sentinel: process for process in processes}
     while running:
         for sentinel in wait(list(running)):
@@ -64,16 +75,15 @@ def in_ranks(num_processes: int, work: Callable[..., None], *arguments: Any) -> 
     return all(process.exitcode == 0 for process in processes)
 
 
+def too_few_gpus_hidden(num_processes: int) -> dict[str, str]:
+    """Environment variables with which so many processes compute on CPUs, if each can't have a GPU."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < num_processes else {}
+
+
 def _rank(
-    rank: int, num_processes: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int, environment: Mapping[str, str], work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
     torch.set_num_threads(1)
     make_deterministic()
     try:

@@ -1,4 +1,4 @@
-"""State in 8 bits and weights in 4, by bitsandbytes' kernels for the CPU."""
+"""State in 8 bits and weights in 4, by bitsandbytes' kernels for the CPU, or for a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.unit.engine.conftest import DEVICE
 from trainer_svc.engine import base_model
 from trainer_svc.engine.base_model import BaseModel, load_base_model
 from trainer_svc.engine.checkpoint import STATE_DIR
@@ -19,7 +20,6 @@ from trainer_svc.engine.run_spec import Extras, RunSpec
 from trainer_svc.engine.setup import prepare
 
 MakeSpec = Callable[..., RunSpec]
-CPU = torch.device("cpu")
 EIGHT_BITS = {"dtype": "float32", "optimizer": "adamw_8bit"}
 FULL = {"kind": "full", "activation_checkpointing": False}
 
@@ -27,7 +27,7 @@ FULL = {"kind": "full", "activation_checkpointing": False}
 @pytest.fixture
 def _quantizes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is right there, if slow."""
-    monkeypatch.setattr(base_model, "_QUANTIZED_ON", {"cpu"})
+    monkeypatch.setattr(base_model, "_QUANTIZED_ON", {DEVICE.type})
 
 
 def test_state_in_8_bits_trains_as_well(make_spec: MakeSpec, run_engine: Any) -> None:
@@ -57,7 +57,7 @@ def test_a_resumed_run_with_state_in_8_bits_is_the_undisturbed_one(
 
 def test_state_in_8_bits_cant_be_sharded(make_spec: MakeSpec) -> None:
     with pytest.raises(JobFault, match="sharded over processes: take adamw, one process, or LoRA"):
-        prepare(make_spec(method=FULL, extras=EIGHT_BITS), ProcessGroup(0, 2, CPU), None)  # type: ignore[arg-type]  # not reached
+        prepare(make_spec(method=FULL, extras=EIGHT_BITS), ProcessGroup(0, 2, DEVICE), None)  # type: ignore[arg-type]  # not reached
 
 
 @pytest.mark.usefixtures("_quantizes_on_the_cpu")
@@ -111,7 +111,7 @@ def test_a_resumed_run_on_weights_in_4_bits_is_the_undisturbed_one(
 @pytest.mark.usefixtures("_quantizes_on_the_cpu")
 def test_weights_in_4_bits_take_a_quarter(tiny: BaseModel, make_spec: MakeSpec) -> None:
     spec = make_spec()
-    quantized = load_base_model(spec.base_model_dir, torch.bfloat16, CPU, Extras(quantize_base="nf4"))
+    quantized = load_base_model(spec.base_model_dir, torch.bfloat16, DEVICE, Extras(quantize_base="nf4"))
     for name, module in quantized.model.named_modules():
         if name.endswith("_proj"):
             whole = tiny.model.get_submodule(name).weight

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.engine.conftest import Run, read_run
+from tests.unit.engine.conftest import DEVICE, Run, read_run
 from trainer_svc.engine import passes
 from trainer_svc.engine.checkpoint import TrainingState
 from trainer_svc.engine.errors import JobFault
@@ -169,7 +169,7 @@ def test_a_run_that_is_killed_after_going_back_does_not_go_back_again(
     events = EventLog(spec.output_dir)
     events.subscribe(kill)
     with pytest.raises(Killed):
-        train(spec, single_process(torch.device("cpu")), events)
+        train(spec, single_process(DEVICE), events)
     events.close()
     killed = read_run(spec.output_dir)
     step, path = max(checkpoints(killed).items())

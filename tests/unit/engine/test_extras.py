@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.engine.conftest import read_run
+from tests.unit.engine.conftest import DEVICE, read_run
 from tests.unit.engine.ranks import run_ranks
 from trainer_svc.engine import base_model
 from trainer_svc.engine.base_model import BaseModel
@@ -178,13 +177,13 @@ def test_dora_on_a_row_of_zeros_is_refused(run: Any) -> None:
 def test_what_needs_bitsandbytes_is_refused_without_it(
     extras: dict[str, Any], word: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_model, "_QUANTIZED_ON", {"cpu"})
+    monkeypatch.setattr(base_model, "_QUANTIZED_ON", {DEVICE.type})
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(JobFault, match=f"{word} needs bitsandbytes, which isn't installed"):
         run("out", extras)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_four_bits_are_refused_without_a_gpu(run: Any) -> None:
     with pytest.raises(JobFault, match="quantize_base nf4 needs a GPU"):
         run("out", {"quantize_base": "nf4"})

@@ -20,13 +20,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.unit.engine.conftest import DEVICE
 from trainer_svc.engine.examples import Example
 from trainer_svc.engine.layers import projection, segment_attention
 from trainer_svc.engine.layers import speed_up as speed_up_module
 from trainer_svc.engine.layers.compiled import compiled
 from trainer_svc.engine.layers.elementwise import PLAIN
 from trainer_svc.engine.layers.linear_cross_entropy import summed_cross_entropy
-from trainer_svc.engine.layers.packed_weight import PackedWeight
+from trainer_svc.engine.layers.packed_weight import PackedWeight, can_be_packed
 from trainer_svc.engine.layers.projection import Projection
 from trainer_svc.engine.layers.speed_up import is_fast, speed_up
 from trainer_svc.engine.loss import summed_loss
@@ -35,7 +36,6 @@ from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, m
 # peft's own: it warns of merging an adapter of the tied output head.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 
-CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
     "vocab_size": 200,
     "hidden_size": 64,
@@ -74,7 +74,7 @@ def make_model(config: Any, method: dict[str, Any] | None = None) -> PreTrainedM
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.train()
+    return model.train().to(DEVICE)
 
 
 def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -102,6 +102,7 @@ def padded_reference_loss(model: nn.Module, examples: list[Example]) -> Tensor:
         input_ids[row, : example.num_tokens] = example.input_ids
         labels[row, : example.num_tokens] = example.input_ids.where(example.is_target, -100)
         mask[row, : example.num_tokens] = 1
+    input_ids, labels, mask = (tensor.to(DEVICE) for tensor in (input_ids, labels, mask))
     output = model(input_ids=input_ids, labels=labels, attention_mask=mask, use_cache=False)
     return output.loss * sum(example.num_targets for example in examples)
 
@@ -123,7 +124,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def loss_and_gradients(model: nn.Module, groups: list[list[Example]]) -> tuple[float, dict[str, Tensor]]:
     total = 0.0
     for group in groups:
-        loss = summed_loss(model, make_pack(group, CPU), torch.float32, packs_rows=True)
+        loss = summed_loss(model, make_pack(group, DEVICE), torch.float32, packs_rows=True)
         loss.backward()
         total += float(loss.detach())
     return total, gradients(model)
@@ -176,8 +177,8 @@ def test_memory_of_long_rows_is_linear() -> None:
     """What attention keeps of a row grows with its length, not with the square."""
 
     def kept_numbers(length: int) -> int:
-        rows = segment_attention.Segments.of((length,), CPU, torch.float32)
-        _, kept = segment_attention.attend(torch.randn(length, 8, 16), 2, rows, keep=True)
+        rows = segment_attention.Segments.of((length,), DEVICE, torch.float32)
+        _, kept = segment_attention.attend(torch.randn(length, 8, 16, device=DEVICE), 2, rows, keep=True)
         return sum(tensor.numel() for tensor in kept)
 
     assert kept_numbers(4096) == 2 * kept_numbers(2048)
@@ -206,7 +207,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, prefi
     expected.backward()
     model = make_model(CONFIGS[family], METHODS["lora on all, rank-stabilised"])
     assert speed_up(model, torch.float32)
-    pack = make_pack(rows, CPU, share_prefix=True)
+    pack = make_pack(rows, DEVICE, share_prefix=True)
     assert (pack.shared_prefix, pack.num_tokens) == (prefix, prefix + 104)
     loss = summed_loss(model, pack, torch.float32, packs_rows=True)
     loss.backward()
@@ -218,7 +219,7 @@ def test_rows_end_before_their_last_target() -> None:
     """It is predicted there; the newline after an answer, say, is for nobody."""
     row = Example(torch.arange(3, 11), torch.tensor([0, 0, 1, 0, 1, 1, 0, 0], dtype=torch.bool))
     silent = Example(torch.arange(3, 6), torch.zeros(3, dtype=torch.bool))
-    pack = make_pack([row, silent, row], CPU)
+    pack = make_pack([row, silent, row], DEVICE)
     assert pack.segment_lengths == (5, 1, 5)
     assert pack.input_ids.tolist() == [[3, 4, 5, 6, 7, 3, 3, 4, 5, 6, 7]]
     assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4]]
@@ -230,7 +231,7 @@ def test_what_is_shared() -> None:
     """All that every row begins with, up to the first target, and never a whole row."""
 
     def shared(*rows: Example) -> int:
-        return make_pack(rows, CPU, share_prefix=True).shared_prefix
+        return make_pack(rows, DEVICE, share_prefix=True).shared_prefix
 
     rows = with_prefix(make_examples(5, 31, 12), 20, 20, 20)
     assert shared(*rows) == 20
@@ -242,7 +243,7 @@ def test_what_is_shared() -> None:
     assert shared(*rows) == 9
     rows[2].is_target[5] = True
     assert shared(*rows) == 0  # not worth it
-    assert make_pack(rows[:1] * 2, CPU).shared_prefix == 0
+    assert make_pack(rows[:1] * 2, DEVICE).shared_prefix == 0
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -276,7 +277,7 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(method: str
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = summed_loss(model, make_pack(examples, CPU), torch.float32, packs_rows=True)
+            loss = summed_loss(model, make_pack(examples, DEVICE), torch.float32, packs_rows=True)
         for parameter in model.parameters():
             sizes.pop(parameter.untyped_storage().data_ptr(), None)
         kept_bytes.append(sum(sizes.values()))
@@ -309,7 +310,7 @@ def test_same_bits_each_time(dtype: torch.dtype) -> None:
     for _ in range(2):
         model = make_model(CONFIGS["llama"], METHODS["lora on attention"])
         assert speed_up(model, dtype)
-        loss = summed_loss(model, make_pack(examples, CPU), dtype, packs_rows=True)
+        loss = summed_loss(model, make_pack(examples, DEVICE), dtype, packs_rows=True)
         loss.backward()
         runs.append((float(loss.detach()), gradients(model)))
     assert runs[0][0] == runs[1][0]
@@ -324,13 +325,13 @@ def test_bfloat16_is_near_float32(method: str) -> None:
     exact = padded_reference_loss(reference, examples)
     exact.backward()
     exact_gradients = gradients(reference)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         usual = padded_reference_loss(reference, examples)
     usual.backward()
     usual_gradients = gradients(reference)
     model = make_model(CONFIGS["qwen3"], METHODS[method])
     assert speed_up(model, torch.bfloat16)
-    loss = summed_loss(model, make_pack(examples, CPU), torch.bfloat16, packs_rows=True)
+    loss = summed_loss(model, make_pack(examples, DEVICE), torch.bfloat16, packs_rows=True)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=3e-3)
 
@@ -351,7 +352,7 @@ def test_bfloat16_where_weights_learn_that_are_not_covered() -> None:
     expected = gradients(model)
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     model.set_attn_implementation(PACKED_ATTENTION)
-    loss = summed_loss(model, make_pack(examples, CPU), torch.bfloat16, packs_rows=True)
+    loss = summed_loss(model, make_pack(examples, DEVICE), torch.bfloat16, packs_rows=True)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=3e-3)
     for name, gradient in gradients(model).items():
@@ -373,9 +374,9 @@ def test_packed_weights_change_nothing(config: str, method: str, monkeypatch: py
         monkeypatch.setattr(projection, "PackedWeight", packed)
         assert speed_up(model, torch.bfloat16)
         # Four products a layer, and the head.
-        can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        can_pack = can_be_packed(torch.zeros(1, 1, dtype=torch.bfloat16, device=DEVICE))
         assert packed.call_count == (9 if limit and can_pack else 0)
-        loss = summed_loss(model, make_pack(examples, CPU), torch.bfloat16, packs_rows=True)
+        loss = summed_loss(model, make_pack(examples, DEVICE), torch.bfloat16, packs_rows=True)
         loss.backward()
         runs.append((float(loss.detach()), gradients(model)))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-3)
@@ -391,7 +392,7 @@ def test_rows_never_see_each_other() -> None:
     silent = [Example(e.input_ids, torch.zeros_like(e.is_target)) for e in (other, another)]
     with torch.no_grad():
         losses = [
-            float(summed_loss(model, make_pack([first, row, last], CPU), torch.float32, packs_rows=True))
+            float(summed_loss(model, make_pack([first, row, last], DEVICE), torch.float32, packs_rows=True))
             for first, last in itertools.permutations(silent)
         ]
     assert losses[0] == losses[1]
@@ -401,21 +402,23 @@ def test_likely_targets_keep_their_digits_in_bfloat16() -> None:
     """A loss far below bfloat16's steps around one is still told, and still has a gradient."""
     from trainer_svc.engine.layers.linear_cross_entropy import _losses_and_gradient
 
-    logits = torch.zeros(1, 100, dtype=torch.bfloat16)
+    logits = torch.zeros(1, 100, dtype=torch.bfloat16, device=DEVICE)
     logits[0, 7] = 16.0
-    expected = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([7]))
-    loss, gradient = _losses_and_gradient(logits.clone(), torch.tensor([7]))
+    labels = torch.tensor([7], device=DEVICE)
+    expected = torch.nn.functional.cross_entropy(logits.float(), labels)
+    loss, gradient = _losses_and_gradient(logits.clone(), labels)
     assert float(loss) == pytest.approx(float(expected), rel=1e-2)
     assert float(gradient[0, 7]) == pytest.approx(-float(expected), rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_targets_beyond_the_smallest_probability_have_their_loss(dtype: torch.dtype) -> None:
-    labels = torch.tensor([0, 1, 2, 3])
-    logits = torch.zeros(6, 100)
-    logits[:, 50] = torch.tensor([10.0, 88.0, 90.0, 400.0, 400.0, 0.0])  # the last two are filling
+    labels = torch.tensor([0, 1, 2, 3], device=DEVICE)
+    logits = torch.zeros(6, 100, device=DEVICE)
+    # The last two are filling.
+    logits[:, 50] = torch.tensor([10.0, 88.0, 90.0, 400.0, 400.0, 0.0], device=DEVICE)
     head = nn.Linear(100, 100, bias=False)
-    head.weight.data = torch.eye(100)
+    head.weight.data = torch.eye(100, device=DEVICE)
     hidden = logits.to(dtype, copy=True).requires_grad_()
     loss = summed_cross_entropy(hidden, labels, Projection([head]), (head.weight,), dtype)
     loss.backward()
@@ -432,7 +435,7 @@ def test_no_targets() -> None:
     model = make_model(CONFIGS["llama"])
     assert speed_up(model, torch.float32)
     row = Example(torch.tensor([3, 4, 5]), torch.zeros(3, dtype=torch.bool))
-    loss = summed_loss(model, make_pack([row], CPU), torch.float32, packs_rows=True)
+    loss = summed_loss(model, make_pack([row], DEVICE), torch.float32, packs_rows=True)
     loss.backward()
     assert float(loss.detach()) == 0
 
@@ -446,13 +449,13 @@ def test_the_model_is_otherwise_what_it_was(tmp_path: Path) -> None:
     state, expected = fast.state_dict(), plain.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    ids = torch.randint(3, 200, (1, 9))
+    ids = torch.randint(3, 200, (1, 9), device=DEVICE)
     assert torch.equal(fast(input_ids=ids).logits, plain(input_ids=ids).logits)
     fast.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     merged, expected_merged = fast.merge_and_unload(), plain.merge_and_unload()
     assert torch.equal(merged(input_ids=ids).logits, expected_merged(input_ids=ids).logits)
     merged.save_pretrained(tmp_path / "merged")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).to(DEVICE)
     torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from tests.unit.engine.conftest import DEVICE
 from trainer_svc.engine.base_model import BaseModel, load_base_model
 from trainer_svc.engine.examples import Example, load_examples
 from trainer_svc.engine.loss import summed_loss
 from trainer_svc.engine.packing import PACKABLE_MODEL_TYPES, group_rows, make_pack
 
-CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -30,10 +30,11 @@ SIZES = {
 
 def reference_loss(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
     """transformers' own loss, each row alone: its mean times the row's targets."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=DEVICE)
     for example in examples:
         labels = example.input_ids.where(example.is_target, -100)
-        output = model(input_ids=example.input_ids[None], labels=labels[None], use_cache=False)
+        ids = example.input_ids[None].to(DEVICE)
+        output = model(input_ids=ids, labels=labels[None].to(DEVICE), use_cache=False)
         total = total + output.loss * example.num_targets
     return total
 
@@ -59,16 +60,16 @@ def test_loss_and_gradients(
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES)).save_pretrained(tmp_path / "model")
     tiny.tokenizer.save_pretrained(tmp_path / "model")
-    base = load_base_model(tmp_path / "model", torch.float32, CPU)
+    base = load_base_model(tmp_path / "model", torch.float32, DEVICE)
     assert base.packs_rows
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).to(DEVICE)
     examples = list(load_examples(rows_file, tiny.tokenizer, 200, "refuse").examples)
 
     expected = reference_loss(reference, examples)
     expected.backward()
     total = 0.0
     for group in group_rows(examples, max_tokens):
-        loss = summed_loss(base.model, make_pack(group, CPU), torch.float32, packs_rows=True)
+        loss = summed_loss(base.model, make_pack(group, DEVICE), torch.float32, packs_rows=True)
         loss.backward()
         total += float(loss.detach())
 
@@ -86,9 +87,9 @@ def test_families_that_are_not_packed_run_row_by_row(
     config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny.tokenizer.save_pretrained(tmp_path / "model")
-    base = load_base_model(tmp_path / "model", torch.float32, CPU)
+    base = load_base_model(tmp_path / "model", torch.float32, DEVICE)
     assert not base.packs_rows
     example = load_examples(rows_file, tiny.tokenizer, 200, "refuse").examples[0]
-    loss = summed_loss(base.model, make_pack([example], CPU), torch.float32, packs_rows=False)
+    loss = summed_loss(base.model, make_pack([example], DEVICE), torch.float32, packs_rows=False)
     expected = reference_loss(base.model, [example])
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.unit.engine.conftest import read_run
+from tests.unit.engine.conftest import DEVICE, needs_gpu, read_run
 from tests.unit.engine.ranks import in_ranks
 from trainer_svc.engine import __main__ as engine_main
 from trainer_svc.engine import passes
-from trainer_svc.engine.device import is_out_of_memory
+from trainer_svc.engine.device import free_unused_memory, is_out_of_memory, total_memory_bytes
 from trainer_svc.engine.errors import JobFault
 from trainer_svc.engine.process_group import ProcessGroup
 from trainer_svc.engine.run_spec import RunSpec
@@ -56,6 +57,28 @@ def test_smaller_passes_change_no_result(make_spec: MakeSpec, run_engine: Any, m
     assert said["tokens_per_pass"] < max(tried)
     # Once it is known, the run doesn't fail into it again.
     assert all(tokens <= 80 for tokens in tried[-4:])
+
+
+@needs_gpu
+def test_a_full_gpu(make_spec: MakeSpec, run_engine: Any, tmp_path: Path) -> None:
+    """No error is made up here: the GPU's memory is limited to less than a pass takes."""
+    rows_file = tmp_path / "long_rows.jsonl"
+    rows_file.write_text("".join(json.dumps({"text": f"Row {n}. " * 50}) + "\n" for n in range(64)))
+    changes = {"training_file": rows_file, "batch_size": 64, "epochs": 3}
+    free_unused_memory(DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    roomy = run_engine(make_spec("roomy", **changes))
+    taken = torch.cuda.max_memory_reserved() - before
+    free_unused_memory(DEVICE)
+    limit = torch.cuda.memory_reserved() + 0.7 * taken
+    torch.cuda.set_per_process_memory_fraction(limit / total_memory_bytes(DEVICE))
+    try:
+        tight = run_engine(make_spec("tight", **changes))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [event for event in tight.of_kind("log") if "out of memory" in event["message"]]
+    assert tight.losses == pytest.approx(roomy.losses, rel=1e-4)
 
 
 def test_validation_gets_smaller_passes_too(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.engine.conftest import Run, read_run
+from tests.unit.engine.conftest import DEVICE, Run, read_run
 from tests.unit.engine.ranks import run_ranks
 from trainer_svc.engine.checkpoint import CheckpointError, CheckpointMark, split_kept
 from trainer_svc.engine.layers import projection
@@ -71,7 +71,7 @@ def test_packed_weights_give_the_same_bits_again_and_after_a_resume(
     extras = {"dtype": "bfloat16", "checkpoint_every_steps": 1, "keep_checkpoints": 9}
     changes = {"method": {"kind": "lora", "apply_to_mlp": True}, "extras": extras}
     whole = run_engine(make_spec("whole", **changes))
-    assert (products > 0) is can_be_packed(torch.zeros(1, 1, dtype=torch.bfloat16))
+    assert (products > 0) is can_be_packed(torch.zeros(1, 1, dtype=torch.bfloat16, device=DEVICE))
     again = run_engine(make_spec("again", **changes))
     assert again.losses == whole.losses
     assert_same_end(again, whole)

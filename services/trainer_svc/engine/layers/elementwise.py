@@ -83,13 +83,15 @@ def swiglu(gate_up_S2F: Tensor) -> tuple[Tensor, Tensor]:
     return activated_SF * up_SF, activated_SF
 
 
-def swiglu_again(gate_up_S2F: Tensor, activated_SF: Tensor) -> Tensor:
+def swiglu_again(gate_up_S2F: Tensor, activated_SF: Tensor | None) -> Tensor:
     """What `swiglu` returned first, from what it returned second."""
+    assert activated_SF is not None
     return activated_SF * gate_up_S2F.chunk(2, dim=-1)[1]
 
 
-def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor, activated_SF: Tensor) -> Tensor:
+def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor, activated_SF: Tensor | None) -> Tensor:
     """The gradient of `swiglu` by gate and up: [S, 2F]."""
+    assert activated_SF is not None
     gate_SF, up_SF = gate_up_S2F.chunk(2, dim=-1)
     out_S2F = torch.empty_like(gate_up_S2F)
     grad_gate_SF, grad_up_SF = out_S2F.chunk(2, dim=-1)
@@ -99,16 +101,16 @@ def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor, activated_SF: Tensor) 
 
 
 class Elementwise(NamedTuple):
-    """The functions above, as they are or compiled (see `compiled.py`)."""
+    """The functions above, as they are or compiled (see `compiled.py`, where `swiglu` keeps nothing)."""
 
     rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
     rms_norm_again: Callable[[Tensor, Tensor, Tensor], Tensor] = rms_norm_again
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = rms_norm_backward
     rms_norm_weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = rms_norm_weight_gradient
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], None] = rotate
-    swiglu: Callable[[Tensor], tuple[Tensor, Tensor]] = swiglu
-    swiglu_again: Callable[[Tensor, Tensor], Tensor] = swiglu_again
-    swiglu_backward: Callable[[Tensor, Tensor, Tensor], Tensor] = swiglu_backward
+    swiglu: Callable[[Tensor], tuple[Tensor, Tensor | None]] = swiglu
+    swiglu_again: Callable[[Tensor, Tensor | None], Tensor] = swiglu_again
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor | None], Tensor] = swiglu_backward
 
 
 PLAIN = Elementwise()

@@ -59,7 +59,7 @@ class _Kept(NamedTuple):
         middle_scale: of the second norm, float32 [S, 1].
         low_gate_up: see `Projection.apply`.
         gate_up: [S, 2F].
-        activated: silu of the first half of it, [S, F].
+        activated: silu of the first half of it, [S, F]; None where that is made again.
         low_down: see `Projection.apply`.
     """
 
@@ -75,7 +75,7 @@ class _Kept(NamedTuple):
     middle_scale: Tensor
     low_gate_up: Tensor | None
     gate_up: Tensor
-    activated: Tensor
+    activated: Tensor | None
     low_down: Tensor | None
 
 
