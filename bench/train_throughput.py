@@ -245,7 +245,7 @@ def busy_seconds() -> float:
 def wait_until_idle(most_elsewhere: float) -> None:
     """Returns once other programs leave the machine alone for some seconds, or after a quarter of an hour."""
     deadline = time.monotonic() + 900
-    while time.monotonic() < deadline:
+    while most_elsewhere < 1 and time.monotonic() < deadline:
         before = busy_seconds()
         time.sleep(5)
         if busy_seconds() - before <= 5 * most_elsewhere * (os.cpu_count() or 1):
@@ -362,7 +362,7 @@ def main() -> None:
         "--most-elsewhere",
         type=float,
         default=0.05,
-        help="repeat a run while other programs took more than this share of the machine (0.05)",
+        help="repeat a run while other programs took more than this share of the machine (0.05); 1: never",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--dry", action="store_true", help="leave the kept result as it is")
