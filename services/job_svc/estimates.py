@@ -104,7 +104,22 @@ def cost_of(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> Co
 
 
 def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
-    """The most that one device has to hold: one process's on a GPU, all processes' on a CPU."""
+    """The most that one device will hold: where passes of the usual size don't fit, they are made smaller."""
+    usual, least = _memory_of_passes(run, counts, probe), _least_memory(run, counts, probe)
+    return max(least, min(usual, _usable(probe)))
+
+
+def _least_memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
+    """What one device has to hold even if each row is a pass by itself."""
+    return _memory_of_passes(run, counts, probe | {"tokens_per_pass": 0})
+
+
+def _usable(probe: dict[str, Any]) -> float:
+    return float(probe["total_memory_bytes"]) * _USABLE_MEMORY
+
+
+def _memory_of_passes(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
+    """The most that one device holds: one process's on a GPU, all processes' on a CPU."""
     processes = num_processes(run["torchrun_arguments"])
     trains_all = run["method"]["kind"] == "full"
     step_tokens = run["batch_size"] * counts.num_tokens / counts.num_rows
@@ -136,14 +151,13 @@ def _longest_row(run: dict[str, Any], counts: RowCounts) -> int:
 
 def refusal(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any], cost: Cost) -> str | None:
     """Returns why a run can't fit its device and what would make it fit; None when it fits."""
-    total = probe["total_memory_bytes"]
-    usable = total * _USABLE_MEMORY
+    total, usable = probe["total_memory_bytes"], _usable(probe)
     if cost.memory_bytes <= usable or _holds_weights_otherwise(run, probe):
         return None
     # On a CPU one process takes the least.
     smallest = run | {"torchrun_arguments": []} if _is_cpu(probe) else run
-    without_rows = _memory(smallest, counts, probe | {"bytes_per_token": 0.0})
-    if _memory(smallest, counts, probe) <= usable:
+    without_rows = _least_memory(smallest, counts, probe | {"bytes_per_token": 0.0})
+    if _least_memory(smallest, counts, probe) <= usable:
         cure = "train in fewer processes, by --nproc_per_node"
     elif without_rows > usable:
         cure = (
