@@ -38,6 +38,7 @@ class EmbeddedS3:
         keys: the only keys that it lets in; made once, kept with mode 0600.
         command: starts it.
         folder: to be its working folder; SeaweedFS looks for its security settings there.
+        data: the folder of all that it stores.
     """
 
     def __init__(self, folder: Path, binary: Path, taken_ports: Collection[int]) -> None:
@@ -48,8 +49,8 @@ class EmbeddedS3:
             ValueError: the file of the keys isn't one.
         """
         self.folder = folder / "settings"
-        data = folder / "data"
-        for made in (self.folder, data):
+        self.data = folder / "data"
+        for made in (self.folder, self.data):
             made.mkdir(parents=True, exist_ok=True, mode=0o700)
         ports = free_ports(len(_PARTS), taken=taken_ports, offset=_GRPC_PORT_OFFSET)
         self._ports = dict(zip(_PARTS, ports, strict=True))
@@ -59,12 +60,12 @@ class EmbeddedS3:
         write_private(users, json.dumps(_users(self.keys)))
         write_private(self.folder / "security.toml", _security())
         write_private(self.folder / _ENDPOINT_FILE, self.endpoint)
-        _forget_former_ports(data)
+        _forget_former_ports(self.data)
         self.command = (
             str(binary),
             "mini",
             # From the working folder: in a path, a comma would begin another folder.
-            f"-dir=../{data.name}",
+            f"-dir=../{self.data.name}",
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             f"-s3.config={users}",

@@ -120,6 +120,23 @@ class Supervisor:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
+    async def restart(self, name: str, seconds: float) -> None:
+        """Has a process end, whereupon it is started again like one that died.
+
+        Args:
+            name: of its spec.
+            seconds: how long it may take to end by itself.
+        """
+        child = next(child for child in self.children if child.spec.name == name)
+        process = child.process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), seconds)
+            return
+        process.kill()
+
     def kill_all(self) -> None:
         """Kills every process that carries this supervisor's mark, whoever started it. Blocking."""
         self._is_stopping = True

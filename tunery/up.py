@@ -13,11 +13,13 @@ from pathlib import Path
 
 from tunery import embedded_s3
 from tunery.credentials import FILE_NAME
+from tunery.embedded_s3 import EmbeddedS3
 from tunery.errors import SetUpError
 from tunery.ports import can_bind
 from tunery.probes import POLL_SECONDS, Probe, Probes, wait_until_well
 from tunery.replicas import parse_replicas
 from tunery.stack import Stack, plan_stack
+from tunery.store_watch import LOOK_SECONDS, PAUSE_SECONDS, StoreWatch
 from tunery.supervisor import Child, Supervisor
 
 # Together, with the sweep after them, under the 15 s that stopping may take.
@@ -78,11 +80,14 @@ class _Run:
         probes = Probes(self._stack)
         self._probes = probes.by_process()
         self._supervisor.start()
-        announcing = asyncio.create_task(self._announce_ready(probes))
+        tasks = [asyncio.create_task(self._announce_ready(probes))]
+        if self._stack.embedded_s3:
+            tasks.append(asyncio.create_task(self._keep_store_writing(self._stack.embedded_s3)))
         try:
             await self._stop.wait()
         finally:
-            announcing.cancel()
+            for task in tasks:
+                task.cancel()
             for recovery in self._recoveries.values():
                 recovery.cancel()
             await self._supervisor.stop(STOP_SECONDS_BY_STAGE)
@@ -115,6 +120,16 @@ class _Run:
         finally:
             for wait in waits:
                 wait.cancel()
+
+    async def _keep_store_writing(self, server: EmbeddedS3) -> None:
+        [log] = [spec.log_path for spec in self._stack.specs if spec.name == "s3"]
+        watch = StoreWatch(log, server.data)
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if await asyncio.to_thread(watch.is_stuck):
+                say("s3 refuses to write as if its disk were full, which has room again; restarting it")
+                await self._supervisor.restart("s3", STOP_SECONDS_BY_STAGE[-1])
+                await asyncio.sleep(PAUSE_SECONDS)
 
     def _tell_of_death(self, child: Child, pause_seconds: float) -> None:
         name, log = child.spec.name, child.spec.log_path

