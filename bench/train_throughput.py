@@ -13,7 +13,8 @@ here, the share of the measured peak of bfloat16 matrix products is reported, wi
 counted as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311).
 
 Needs the `bench` extra: `make bench` installs it; the peers with `liger` in their names need the package
-liger-kernel besides, which brings Triton. Writes `bench/results/train_throughput_METHOD.json`.
+liger-kernel besides, which brings Triton. Writes `bench/results/train_throughput_METHOD.json`, on a GPU
+`..._METHOD_cuda.json`, and with long rows `..._long_rows.json`.
 """
 
 from __future__ import annotations

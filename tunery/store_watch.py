@@ -7,17 +7,18 @@ So every write into some folders is refused until the server is started again, h
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 LOOK_SECONDS = 2.0
-# If it refuses writes for another reason, starting it again and again helps nobody.
+# After a restart, before the next look at the server: if the first didn't help, another won't so soon.
 PAUSE_SECONDS = 60.0
-_REFUSAL = b"no space left on device"
+_REFUSAL = re.compile(rb"/filerldb2/\S+: no space left on device")
 _ROOM_BYTES = 64 * 2**20
 
 
 class StoreWatch:
-    """Looks at what the server says and at its disk. To be asked every `LOOK_SECONDS`; blocking."""
+    """Looks at what the server says from now on, and at its disk."""
 
     def __init__(self, log: Path, folder: Path) -> None:
         """Args:
@@ -30,10 +31,13 @@ class StoreWatch:
         self._had_room = False
 
     def is_stuck(self) -> bool:
-        """Whether since the last look the server found its disk full, which had room then and has it now."""
+        """Whether since the last look the server found its disk full, which had room then and has it now.
+
+        To be asked every `LOOK_SECONDS`; blocking.
+        """
         said, had_room = self._said(), self._had_room
         self._had_room = _has_room(self._folder)
-        return had_room and self._had_room and _REFUSAL in said
+        return had_room and self._had_room and _REFUSAL.search(said) is not None
 
     def _said(self) -> bytes:
         size = _size(self._log)
@@ -43,18 +47,21 @@ class StoreWatch:
             with self._log.open("rb") as log:
                 log.seek(start)
                 return log.read(size - start)
-        except FileNotFoundError:
+        except OSError:
             return b""
 
 
 def _size(log: Path) -> int:
     try:
         return log.stat().st_size
-    except FileNotFoundError:
+    except OSError:  # not there yet
         return 0
 
 
 def _has_room(folder: Path) -> bool:
-    found = os.statvfs(folder)
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
     has_names = found.f_favail > 0 or found.f_files == 0  # some file systems don't count them
     return has_names and found.f_bavail * found.f_frsize >= _ROOM_BYTES

@@ -131,11 +131,11 @@ class Supervisor:
         process = child.process
         if process is None or process.returncode is not None:
             return
-        process.terminate()
-        with contextlib.suppress(TimeoutError):
+        _signal(child, signal.SIGTERM)
+        try:
             await asyncio.wait_for(process.wait(), seconds)
-            return
-        process.kill()
+        except TimeoutError:
+            _signal(child, signal.SIGKILL)
 
     def kill_all(self) -> None:
         """Kills every process that carries this supervisor's mark, whoever started it. Blocking."""

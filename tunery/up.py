@@ -123,13 +123,13 @@ class _Run:
 
     async def _keep_store_writing(self, server: EmbeddedS3) -> None:
         [log] = [spec.log_path for spec in self._stack.specs if spec.name == "s3"]
-        watch = StoreWatch(log, server.data)
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            if await asyncio.to_thread(watch.is_stuck):
-                say("s3 refuses to write as if its disk were full, which has room again; restarting it")
-                await self._supervisor.restart("s3", STOP_SECONDS_BY_STAGE[-1])
-                await asyncio.sleep(PAUSE_SECONDS)
+            watch = StoreWatch(log, server.data)
+            while not await asyncio.to_thread(watch.is_stuck):  # noqa: ASYNC110  # another process's state
+                await asyncio.sleep(LOOK_SECONDS)
+            say("s3 refuses to write as if its disk were full, which has room again; restarting it")
+            await self._supervisor.restart("s3", STOP_SECONDS_BY_STAGE[-1])
+            await asyncio.sleep(PAUSE_SECONDS)
 
     def _tell_of_death(self, child: Child, pause_seconds: float) -> None:
         name, log = child.spec.name, child.spec.log_path

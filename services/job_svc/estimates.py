@@ -110,8 +110,11 @@ def _memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> fl
 
 
 def _least_memory(run: dict[str, Any], counts: RowCounts, probe: dict[str, Any]) -> float:
-    """What one device has to hold even if each row is a pass by itself."""
-    return _memory_of_passes(run, counts, probe | {"tokens_per_pass": 0})
+    """What one device has to hold, on a GPU even if each row is a pass by itself.
+
+    On a CPU passes are small anyway, each core has one, and a run dies of those that are too large.
+    """
+    return _memory_of_passes(run, counts, probe if _is_cpu(probe) else probe | {"tokens_per_pass": 0})
 
 
 def _usable(probe: dict[str, Any]) -> float:

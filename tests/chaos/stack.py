@@ -113,6 +113,7 @@ class S3Server:
                 self._end()
                 self.start()
                 self._is_over.wait(PAUSE_SECONDS)
+                watch = StoreWatch(self._log, self.server.data)
 
     def stop(self) -> None:
         self._is_over.set()

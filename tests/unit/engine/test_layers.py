@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -296,11 +298,23 @@ def test_compiled_layers_compute_the_same(method: str) -> None:
     for elementwise in (PLAIN, compiled()):
         model = make_model(CONFIGS["qwen3"], METHODS[method])
         assert speed_up(model, torch.float32, elementwise)
-        # Of two sizes: the second must not be compiled for the first.
         results.append(loss_and_gradients(model, [make_examples(5, 31, 12), make_examples(40, 30)]))
+        kinds = counters["stats"]["unique_graphs"]
+        loss_and_gradients(model, [make_examples(90, 3), make_examples(130, 60, 9)])
+        assert counters["stats"]["unique_graphs"] == kinds  # one serves any number of tokens
     (loss, expected), (compiled_loss, ours) = results
     assert compiled_loss == pytest.approx(loss, rel=2e-6)
     assert_same(ours, expected)
+
+
+@pytest.mark.filterwarnings("default")
+def test_any_number_of_widths_is_compiled_in_any_thread() -> None:
+    """torch's own limit is eight, and its settings are each thread's own."""
+    gate_ups = [torch.randn(8, 2 * width, device=DEVICE) for width in range(4, 14)]
+    with ThreadPoolExecutor(1) as another:
+        found = list(another.map(lambda gate_up: compiled().swiglu_again(gate_up, None), gate_ups))
+    for gate_up, hidden in zip(gate_ups, found, strict=True):
+        torch.testing.assert_close(hidden, PLAIN.swiglu(gate_up)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,6 +38,13 @@ def test_a_refusal_where_there_was_room_all_the_while(log: Path, tmp_path: Path)
     assert not watch.is_stuck()
 
 
+def test_another_full_disk_is_not_the_stores(log: Path, tmp_path: Path) -> None:
+    watch = StoreWatch(log, tmp_path)
+    assert not watch.is_stuck()
+    say(log, "write /tmp/upload-7: no space left on device\n")
+    assert not watch.is_stuck()
+
+
 def test_a_refusal_of_a_former_run_is_none(log: Path, tmp_path: Path) -> None:
     say(log, REFUSAL)
     watch = StoreWatch(log, tmp_path)

@@ -18,15 +18,13 @@ from torch.nn.functional import silu
 
 from trainer_svc.engine.layers.elementwise import PLAIN, Elementwise
 
-# Of inputs, for each of which a function is compiled: two or three dimensions, numbers of threads.
+# Of inputs, for each of which a function is compiled: widths, two or three dimensions, numbers of threads.
 _MOST_KINDS = 64
 
 
 @functools.cache
 def compiled() -> Elementwise:
     """The functions of `elementwise.py` by torch.compile; numbers differ within rounding."""
-    # For the whole process: as an argument of torch.compile only the newest torch takes it.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KINDS)
     write_swiglu_gradients = _compiled(_write_swiglu_gradients)
 
     def swiglu_backward(grad_SF: Tensor, gate_up_S2F: Tensor, _activated_SF: Tensor | None) -> Tensor:
@@ -56,6 +54,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
+        # Each thread has settings of its own. As an argument of torch.compile only the newest torch takes it.
+        if torch._dynamo.config.recompile_limit < _MOST_KINDS:
+            torch._dynamo.config.recompile_limit = _MOST_KINDS
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.ndim > 1:
                 torch._dynamo.maybe_mark_dynamic(argument, 0)
@@ -65,7 +66,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Those of `elementwise.py` write into parts of tensors by `out=`, which torch.compile doesn't take. And on a
-# GPU silu is cheaper made again than kept.
+# GPU silu is cheaper made again than kept; a CPU loses little by it.
 
 
 def _rotate(x_SHE: Tensor, cos_S1E: Tensor, sin_S1E: Tensor, out_SHE: Tensor) -> None:
