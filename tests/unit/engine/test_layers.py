@@ -311,8 +311,9 @@ def test_compiled_layers_compute_the_same(method: str) -> None:
 def test_any_number_of_widths_is_compiled_in_any_thread() -> None:
     """torch's own limit is eight, and its settings are each thread's own."""
     gate_ups = [torch.randn(8, 2 * width, device=DEVICE) for width in range(4, 14)]
+    layer = compiled()
     with ThreadPoolExecutor(1) as another:
-        found = list(another.map(lambda gate_up: compiled().swiglu_again(gate_up, None), gate_ups))
+        found = list(another.map(lambda gate_up: layer.swiglu_again(gate_up, None), gate_ups))
     for gate_up, hidden in zip(gate_ups, found, strict=True):
         torch.testing.assert_close(hidden, PLAIN.swiglu(gate_up)[0])
 
