@@ -92,8 +92,10 @@ PEERS: dict[str, dict[str, Any]] = {
         "peer": "trl",
         "weights_dtype": "float32",
         "arguments": {
-            **{"gradient_checkpointing": False, "use_liger_kernel": True},
-            **{"packing": True, "per_device_train_batch_size": 8},
+            "gradient_checkpointing": False,
+            "use_liger_kernel": True,
+            "packing": True,
+            "per_device_train_batch_size": 8,
         },
     },
     "hf": {"peer": "hf", "weights_dtype": "float32", "arguments": {}},

@@ -26,8 +26,7 @@ from trainer_svc.engine.train import train
 from tunery.ports import free_ports
 
 # What CUDA has begun in a process can't be forked, and to import everything is enough for that.
-_START = "spawn" if torch.cuda.is_available() else "forkserver"
-_SERVER = multiprocessing.get_context(_START)
+_SERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 
 
 def run_ranks(
@@ -50,8 +49,7 @@ def run_ranks(
 
 def in_ranks(num_processes: int, work: Callable[..., None], *arguments: Any) -> bool:
     """Calls a module's function with the process group and the arguments, in processes of one group."""
-    if _START == "forkserver":
-        _SERVER.set_forkserver_preload([__name__])
+    _SERVER.set_forkserver_preload([__name__])
     port = free_ports(1)[0]
     environment = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes: list[BaseProcess] = [
