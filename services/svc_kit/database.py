@@ -173,6 +173,12 @@ def _sqlite_reader(url: str) -> AsyncEngine:
 
 
 def _set_up_connections(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "invalidate")
+    def roll_back(connection: DBAPIConnection, _record: Any, _error: BaseException | None) -> None:
+        # A connection is closed when a call is cancelled in the midst of a statement. SQLite keeps a closed
+        # one's transaction, and with it the write lock, as long as any rows of a statement are unread.
+        connection.rollback()
+
     @sa.event.listens_for(engine, "connect")
     def set_up(connection: DBAPIConnection, _record: Any) -> None:
         # SQLAlchemy's recipe: the driver must not begin transactions of its own.

