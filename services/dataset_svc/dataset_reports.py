@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from dataset_svc.datasets import Datasets, reports_prefix
 from dataset_svc.row_check import MAX_LISTED, RowCheck, check_rows
 from dataset_svc.task_columns import ColumnPlan, TaskType, plan_any_task, plan_columns
 from dataset_svc.training_rows import iter_csv_examples, iter_dialog_examples
+from svc_kit.cancellation import in_stoppable_thread, see_through
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.child_process import run_module
 from svc_kit.errors import InvalidRequest, NotFound, Unavailable
@@ -174,21 +174,24 @@ class DatasetReports:
                 await self._datasets.get(account_id, question.dataset.id)  # it may have been deleted
                 raise
             rows_file, report_file = folder / "rows.jsonl", folder / "report.json"
-            check = await _in_thread(
+            check = await in_stoppable_thread(
                 lambda look_up: _check(source, question.plan, folder, rows_file, look_up)
             )
             source.unlink()
             measured = await self._measure(question, folder, rows_file)
             report = _report(question, check, measured)
             report_file.write_text(json.dumps(report), encoding="utf-8")
-            await self._store.put_file(question.object_key, report_file)
+            await see_through(self._keep(account_id, question, report_file))
+        return report
+
+    async def _keep(self, account_id: str, question: _Question, report_file: Path) -> None:
+        await self._store.put_file(question.object_key, report_file)
         try:
             await self._datasets.get(account_id, question.dataset.id)
         except NotFound:
             # Deleted meanwhile, perhaps before the report was there to go with it.
             await self._store.delete(question.object_key)
             raise
-        return report
 
     async def _measure(self, question: _Question, folder: Path, rows_file: Path) -> dict[str, Any]:
         spec_file, measured_file = folder / "spec.json", folder / "measured.json"
@@ -221,27 +224,6 @@ def _plan(dataset: sa.Row[Any], task_type: str | None) -> ColumnPlan | None:
     if task_type is None:
         return plan_any_task(dataset.columns)
     return plan_columns(cast(TaskType, task_type), dataset.columns)
-
-
-async def _in_thread(work: Callable[[Callable[[], None]], RowCheck]) -> RowCheck:
-    """Runs blocking work that calls its argument now and then; ends only once the thread has."""
-    stop = threading.Event()
-
-    def look_up() -> None:
-        if stop.is_set():
-            raise _Stopped
-
-    working = asyncio.ensure_future(asyncio.to_thread(work, look_up))
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([working])
-        raise
-
-
-class _Stopped(Exception):
-    """Ends the work of a thread whose result nobody waits for."""
 
 
 def _check(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dataset_svc.dialog_rows import RowProblem
 from dataset_svc.task_columns import ColumnPlan, TaskType, plan_columns
 from dataset_svc.token_counts import RowSample, TokenCounts, count_tokens
 from dataset_svc.training_rows import CheckedRow, iter_csv_examples, iter_dialog_examples
+from svc_kit.cancellation import in_stoppable_thread
 from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.ids import random_id
@@ -100,7 +101,7 @@ class JobData:
                         source = folder / f"{use}.source"
                         format_ = await self._sources.fetch(request.account_id, uri, source)
                         job = _Conversion(request, use, uri, format_, folder, model_dir, prepared, report)
-                        await asyncio.to_thread(job.run, source)
+                        await in_stoppable_thread(partial(job.run, source))
                 report.write("\n]}\n")
             await self._store_results(request, folder, prepared)
             return prepared
@@ -123,7 +124,7 @@ class JobData:
 
 
 class _Conversion:
-    """Turns one source file into JSONL. Runs in a thread."""
+    """Turns one source file into JSONL. Runs in a thread, until `look_up` raises."""
 
     def __init__(
         self,
@@ -145,12 +146,11 @@ class _Conversion:
         self._prepared = prepared
         self._report = report
 
-    def run(self, source: Path) -> None:
+    def run(self, source: Path, look_up: Callable[[], None]) -> None:
         with source.open("rb") as file:
             is_csv = self._format == "csv"
-            samples = self._write(
-                iter_csv_examples(file, self._plan) if is_csv else iter_dialog_examples(file)
-            )
+            rows = iter_csv_examples(file, self._plan) if is_csv else iter_dialog_examples(file)
+            samples = self._write(rows, look_up)
         if self._prepared.num_bad_rows:
             return
         if not samples[self._use].num_rows:
@@ -168,14 +168,15 @@ class _Conversion:
             self._prepared.remarks.append(f"columns that the task doesn't use: {listed}")
         return plan
 
-    def _write(self, rows: Iterable[CheckedRow]) -> dict[str, RowSample]:
+    def _write(self, rows: Iterable[CheckedRow], look_up: Callable[[], None]) -> dict[str, RowSample]:
         """Writes the rows, those drawn for validation apart, and returns what went where."""
-        draws = self._draw()
+        draws = self._draw(look_up)
         uses = [self._use] if draws is None else [TRAINING, VALIDATION]
         samples = {use: RowSample() for use in uses}
         outputs = {use: (self._folder / f"{use}.jsonl").open("w", encoding="utf-8") for use in uses}
         try:
             for row in rows:
+                look_up()
                 is_drawn = draws is not None and next(draws)
                 if row.example is None:
                     self._note(row.problems)
@@ -189,7 +190,7 @@ class _Conversion:
                 output.close()
         return samples
 
-    def _draw(self) -> Iterator[bool] | None:
+    def _draw(self, look_up: Callable[[], None]) -> Iterator[bool] | None:
         """Which rows are kept for validation: a function of the seed and the number of rows.
 
         Selection sampling (Knuth, The Art of Computer Programming 3.4.2, algorithm S): exactly as many as
@@ -199,7 +200,10 @@ class _Conversion:
         if self._use != TRAINING or not num_drawn:
             return None
         with (self._folder / f"{self._use}.source").open("rb") as file:
-            num_rows = sum(1 for _ in iter_csv_rows(file))
+            num_rows = 0
+            for _ in iter_csv_rows(file):
+                look_up()
+                num_rows += 1
         return _select(random.Random(self._request.seed), num_drawn, num_rows)  # noqa: S311  # no secret
 
     def _note(self, problems: Sequence[RowProblem]) -> None:

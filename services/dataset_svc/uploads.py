@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from dataset_svc.datasets import Datasets
 from dataset_svc.incoming_file import CheckedFile, Format, IncomingFile, check_file_name
 from dataset_svc.upload_form import UploadForm, base_name_of, has_control_character
+from svc_kit.cancellation import see_through
 from svc_kit.errors import InvalidRequest, LimitReached, MalformedUpload, TooManyRequests, TuneryError
 from svc_kit.object_store import ObjectStore
 from svc_kit.under_way import UnderWay
@@ -76,7 +77,7 @@ class Uploads:
                 async for chunk in chunks:
                     await draft.in_thread(partial(form.feed, chunk))
             except TuneryError:
-                await draft.discard()
+                await asyncio.shield(draft.discard())
                 await _discard_rest(chunks)
                 raise
             uploaded = await draft.in_thread(form.finish)
@@ -206,15 +207,7 @@ class _Draft:
 
     async def in_thread(self, work: Any) -> Any:
         """Runs blocking work in a checker's thread; when cancelled, it ends only once the thread has."""
-        future = asyncio.get_running_loop().run_in_executor(self._uploads.checkers, work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])
-            raise
-        finally:
-            # What it failed with has this frame in its traceback: a circle, and an upload's buffers in it.
-            del future
+        return await see_through(asyncio.get_running_loop().run_in_executor(self._uploads.checkers, work))
 
     def start(self, format_: Format) -> None:
         assert self._row is not None

@@ -124,19 +124,25 @@ class ArtifactCache:
             NotFound: the store has no such files.
             MinioException: the store can't be reached.
         """
-        self._users[artifact.key] += 1
-        try:
-            if artifact.key not in self._size_bytes:
+        async with self._one_more_user(artifact.key):
+            # A fetch that others began may have ended, and its model may have had to go, before this use.
+            while artifact.key not in self._size_bytes:
                 await self._fetches.run(artifact.key, lambda: self._fetch(artifact))
             self._size_bytes.move_to_end(artifact.key)
             path = self._folder / artifact.key
             os.utime(path)  # the order of use outlives this process
             yield path
+
+    @asynccontextmanager
+    async def _one_more_user(self, key: str) -> AsyncIterator[None]:
+        self._users[key] += 1
+        try:
+            yield
         finally:
-            self._users[artifact.key] -= 1
+            self._users[key] -= 1
             self._users += Counter()  # drops those at zero
-            if artifact.key in self._forgotten:
-                await self.forget(artifact.key)
+            if key in self._forgotten:
+                await self.forget(key)
 
     async def forget(self, key: str) -> None:
         """Removes a deleted model's files, at the end of the last use where there is one. Repeatable."""
@@ -152,16 +158,18 @@ class ArtifactCache:
         await self._fetches.close()
 
     async def _fetch(self, artifact: Artifact) -> None:
-        partial = self._folder / f"{_PARTIAL}{uuid.uuid4().hex}"
-        partial.mkdir()
-        try:
-            # Adapters are put beside a base model that is loaded once; merged ones would be loaded each.
-            await self._store.get_folder(artifact.object_prefix, partial, without=MERGED_DIR)
-            partial.rename(self._folder / artifact.key)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._size_bytes[artifact.key] = _size_bytes(self._folder / artifact.key)
-        log.info("fetched a model", key=artifact.key, size_bytes=self._size_bytes[artifact.key])
+        # Those who asked for it may be gone before it is there.
+        async with self._one_more_user(artifact.key):
+            partial = self._folder / f"{_PARTIAL}{uuid.uuid4().hex}"
+            partial.mkdir()
+            try:
+                # Adapters are put beside a base model that is loaded once; merged ones would be loaded each.
+                await self._store.get_folder(artifact.object_prefix, partial, without=MERGED_DIR)
+                partial.rename(self._folder / artifact.key)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._size_bytes[artifact.key] = _size_bytes(self._folder / artifact.key)
+            log.info("fetched a model", key=artifact.key, size_bytes=self._size_bytes[artifact.key])
         await self._shrink()
 
     async def _shrink(self) -> None:

@@ -43,8 +43,10 @@ class Subscription:
 
     async def wait(self, timeout_seconds: float) -> None:
         """Returns at the next change, or after the timeout: a lost notice costs that much, no more."""
+        # Not asyncio.wait_for: before Python 3.12 it may return in place of being cancelled.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self._changed.wait()
 
 
 class ChangeFeed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime as dt
 from dataclasses import asdict
 from typing import Any
@@ -98,8 +97,9 @@ class Validator:
                 validating.cancel()
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
-        with contextlib.suppress(asyncio.CancelledError):
-            await validating
+        await asyncio.wait([validating])
+        if not validating.cancelled():
+            validating.result()
 
     async def _keep_claim(self, job_id: str) -> None:
         """Returns once the job is not in validation any more."""

@@ -21,6 +21,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
+from svc_kit.cancellation import see_through
 from svc_kit.errors import NotFound
 from svc_kit.settings import ObjectStoreSettings
 
@@ -119,14 +120,7 @@ class ObjectStore:
 
     async def put_file(self, key: str, path: Path) -> None:
         """Stores a file. When cancelled it ends only once nothing can be stored any more."""
-        storing = asyncio.ensure_future(
-            asyncio.to_thread(self._client.fput_object, self.bucket, key, str(path))
-        )
-        try:
-            await asyncio.shield(storing)
-        except asyncio.CancelledError:
-            await asyncio.wait([storing])
-            raise
+        await see_through(asyncio.to_thread(self._client.fput_object, self.bucket, key, str(path)))
 
     async def put_folder(
         self, prefix: str, folder: Path, before_each: Callable[[], Awaitable[None]] | None = None

@@ -89,9 +89,10 @@ class _Stream:
         self._wait: asyncio.Timeout | None = None
 
     def end(self) -> None:
-        self._is_ended = True
-        if self._wait is not None:
+        # Once: a stream may take its time to end, and its timeout can't expire again meanwhile.
+        if self._wait is not None and not self._is_ended:
             self._wait.reschedule(asyncio.get_running_loop().time())
+        self._is_ended = True
 
     async def until_ended(self, responses: AsyncIterator[Any]) -> AsyncIterator[Any]:
         while True:

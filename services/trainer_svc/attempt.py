@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 from google.protobuf import json_format, timestamp_pb2
 
+from svc_kit.cancellation import see_through
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.errors import LeaseLost, NotFound, PermissionDenied, TuneryError, Unauthenticated
 from svc_kit.object_store import ObjectStore, patiently
@@ -30,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 RENEW_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+_LAST_WORDS_SECONDS = 2.0
 
 
 class RunStopped(Exception):
@@ -75,7 +77,7 @@ class Attempt:
         self._reporter = EventReporter(client, self._spool, lease.next_seq)
         self._surely_leased_until = 0.0
         self._is_renewed = asyncio.Event()
-        self._is_told_to_stop = False
+        self._told_to_stop = asyncio.Event()
         self._process: RunProcess | None = None
         self._output_dir = folder  # each run of the engine has one of its own below it
         self._checkpoints: list[tuple[int, Path]] = []  # steps and folders: stored, and still on the disk
@@ -90,39 +92,48 @@ class Attempt:
         Returns:
             Whether the attempt failed and the job is not to blame.
         """
+        # A cancel must not end whatever the attempt is at: what came of the run is told in any case.
+        return await see_through(self._run_to_its_end(), self._told_to_stop.set)
+
+    async def _run_to_its_end(self) -> bool:
         outcome = await self._train_while_leased()
         self._spool.close()
         match outcome:
             case None:
                 log.info("the lease is lost; the run was stopped", job_id=self._lease.job_id)
                 # Only then what it still stored is looked for.
-                stopped = worker_pb2.HandedBack(reason="the run was stopped")
-                await self._client.end_attempt(self._lease, handed_back=stopped, once=self._is_told_to_stop)
+                await self._tell(handed_back=worker_pb2.HandedBack(reason="the run was stopped"))
             case RunStopped():
-                handed_back = worker_pb2.HandedBack(reason="the trainer was stopped")
-                await self._client.end_attempt(self._lease, handed_back=handed_back, once=True)
+                await self._tell(handed_back=worker_pb2.HandedBack(reason="the trainer was stopped"))
             case RunFailed():
-                failed = worker_pb2.Failed(message=outcome.message, fault=outcome.fault)
-                await self._client.end_attempt(self._lease, failed=failed, once=self._is_told_to_stop)
+                await self._tell(failed=worker_pb2.Failed(message=outcome.message, fault=outcome.fault))
             case _:
-                await self._client.end_attempt(self._lease, completed=outcome, once=self._is_told_to_stop)
-        if self._is_told_to_stop:
-            raise asyncio.CancelledError
+                await self._tell(completed=outcome)
         return isinstance(outcome, RunFailed) and outcome.fault == "platform"
+
+    async def _tell(self, **outcome: Any) -> None:
+        """Ends the attempt at job_svc. A trainer told to stop doesn't wait long for one that is away."""
+        telling = asyncio.create_task(self._client.end_attempt(self._lease, **outcome))
+        stopping = asyncio.create_task(self._told_to_stop.wait())
+        await asyncio.wait([telling, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        try:
+            await asyncio.wait_for(telling, _LAST_WORDS_SECONDS)
+        except TimeoutError:
+            log.warning("job_svc can't be told; the lease will lapse", job_id=self._lease.job_id)
 
     async def _train_while_leased(self) -> worker_pb2.Completed | RunFailed | RunStopped | None:
         """Returns what came of the run; None when the lease was lost."""
         training = asyncio.create_task(self._train())
         keeping = (self._renew(), self._reporter.run(), self._transfer_in_turn())
         keepers = [asyncio.create_task(work) for work in keeping]
+        stopping = asyncio.create_task(self._told_to_stop.wait())
+        working: list[asyncio.Task[Any]] = [training, *keepers]
         try:
-            done, _ = await asyncio.wait([training, *keepers], return_when=asyncio.FIRST_COMPLETED)
-            finished = done.pop()
-            return await finished  # a keeper only ever raises
-        except asyncio.CancelledError:
-            self._is_told_to_stop = True
+            done, _ = await asyncio.wait([*working, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if stopping not in done:
+                return await done.pop()  # a keeper only ever raises
             self._stop_file.touch()
-            working = [training, *keepers]
             await asyncio.wait(working, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
             is_complete = training.done() and training.exception() is None
             return training.result() if is_complete else RunStopped()
@@ -140,9 +151,10 @@ class Attempt:
             return RunFailed(f"the trainer failed ({type(error).__name__}: {error})", "platform")
         finally:
             await self._stop()  # first of all: what follows may wait for a transfer's end
-            for task in (training, *keepers):
+            for task in (*working, stopping):
                 task.cancel()
-            await asyncio.gather(training, *keepers, return_exceptions=True)
+            await asyncio.gather(*working, stopping, return_exceptions=True)
+            await self._stop()  # one that was just being started
 
     async def _renew(self) -> None:
         request = worker_pb2.RenewLeaseRequest(job_id=self._lease.job_id, lease_token=self._lease.lease_token)

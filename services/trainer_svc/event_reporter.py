@@ -20,7 +20,6 @@ log = structlog.get_logger(__name__)
 
 _BATCH_EVENTS = 200
 _CALL_SECONDS = 10
-_LAST_CALL_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 2.0
 _MAX_FAILURES = 30
@@ -64,20 +63,16 @@ class JobServiceClient:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def end_attempt(self, lease: worker_pb2.Lease, *, once: bool = False, **outcome: Any) -> None:
+    async def end_attempt(self, lease: worker_pb2.Lease, **outcome: Any) -> None:
         """Says how an attempt ended; what became of a lease that is lost needs no saying.
 
         Args:
             lease: the attempt's.
-            once: not again and again while job_svc can't be reached; a lapsed lease says the same later.
             outcome: `completed`, `failed` or `handed_back`.
         """
         request = worker_pb2.EndAttemptRequest(job_id=lease.job_id, lease_token=lease.lease_token, **outcome)
         try:
-            if once:
-                await self.call("EndAttempt", request, timeout_seconds=_LAST_CALL_SECONDS)
-            else:
-                await self.call_until_answered("EndAttempt", request)
+            await self.call_until_answered("EndAttempt", request)
         except TuneryError as error:
             log.info("job_svc had ended the attempt already", job_id=lease.job_id, cause=error.message)
 

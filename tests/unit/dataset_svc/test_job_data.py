@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import AsyncMock, Mock
+from typing import BinaryIO
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 from minio.error import MinioException
 
+from dataset_svc import job_data
 from dataset_svc.job_data import TRAINING, DataFile, DataRequest, JobData, PreparedData, _select
+from dataset_svc.training_rows import CheckedRow
 
 
 @pytest.mark.parametrize(("num_drawn", "num_rows"), [(1, 2), (3, 10), (99, 100), (500, 1000)])
@@ -27,6 +31,41 @@ def test_every_row_is_as_likely_as_another() -> None:
         for index, is_drawn in enumerate(_select(random.Random(seed), 3, 10)):
             counts[index] += is_drawn
     assert all(500 < count < 700 for count in counts)
+
+
+async def test_rows_of_a_cancelled_job_are_not_read_to_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is one of a few, which all calls to the store need."""
+    num_rows, num_read = 200_000, 0
+    is_reading, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def examples(_: BinaryIO) -> Iterator[CheckedRow]:
+        nonlocal num_read
+        for num_read in range(num_rows):
+            if num_read == 0:
+                loop.call_soon_threadsafe(is_reading.set)
+            yield CheckedRow(num_read + 1, {"dialog": []}, [])
+
+    async def fetch(_account_id: str, _uri: str, path: Path) -> str:
+        path.touch()
+        return "jsonl"
+
+    monkeypatch.setattr(job_data, "iter_dialog_examples", examples)
+    data = JobData(Mock(fetch=fetch), Mock(), AsyncMock(), MagicMock(), tmp_path)
+    request = DataRequest("acct", "job-a", "dataset://ds", None, None, 0, 0, "tunery-tiny")
+    monkeypatch.setattr(job_data, "base_model_dir", lambda *_: tmp_path)
+    preparing = asyncio.create_task(data.prepare(request))
+    await is_reading.wait()
+
+    preparing.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await preparing
+    num_read_until_then = num_read
+    assert num_read_until_then < num_rows - 1
+    await asyncio.sleep(0.05)
+    assert num_read == num_read_until_then
 
 
 @pytest.mark.parametrize("num_bad_rows", [0, 1])

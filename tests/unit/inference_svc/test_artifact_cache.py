@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -89,3 +91,63 @@ async def test_one_fetch_serves_all(store: ObjectStore, artifacts: list[Artifact
     results = await asyncio.gather(*(fetch(cache, artifacts[0]) for _ in range(3)))
     assert results == [b"\0" * FILE_BYTES] * 3
     await cache.close()
+
+
+class SlowStore(ObjectStore):
+    """One that gives a file once it is told to."""
+
+    def __init__(self) -> None:
+        self.is_asked, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def get_folder(self, prefix: str, folder: Path, without: str | None = None) -> None:
+        self.is_asked.set()
+        await self.may_answer.wait()
+        (folder / "model.safetensors").write_bytes(bytes(FILE_BYTES))
+
+
+@pytest.fixture
+async def left(tmp_path: Path) -> AsyncIterator[tuple[ArtifactCache, SlowStore, Artifact]]:
+    """A cache with no room, and a model that is being fetched for a caller who has left."""
+    store, artifact = (
+        SlowStore(),
+        Artifact(artifact_key("acct", "0"), "base", True, "accounts/acct/models/0/"),
+    )
+    cache = ArtifactCache(store, tmp_path / "cache", FILE_BYTES - 1)
+    caller = asyncio.create_task(fetch(cache, artifact))
+    await store.is_asked.wait()
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    yield cache, store, artifact
+    await cache.close()
+
+
+async def test_who_comes_while_an_unused_model_goes_gets_it(
+    left: tuple[ArtifactCache, SlowStore, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, store, artifact = left
+    is_removing, may_remove = asyncio.Event(), asyncio.Event()
+    remove = cache._remove
+
+    async def removes_slowly(key: str) -> None:
+        await remove(key)
+        is_removing.set()
+        await may_remove.wait()
+
+    monkeypatch.setattr(cache, "_remove", removes_slowly)
+    store.may_answer.set()
+    await is_removing.wait()
+    second = asyncio.create_task(fetch(cache, artifact))
+    await asyncio.sleep(0)
+    may_remove.set()
+    assert await second == bytes(FILE_BYTES)
+
+
+async def test_a_model_deleted_while_it_is_fetched_is_not_kept(
+    left: tuple[ArtifactCache, SlowStore, Artifact], tmp_path: Path
+) -> None:
+    cache, store, artifact = left
+    cache._max_bytes = 10 * FILE_BYTES
+    await cache.forget(artifact.key)
+    store.may_answer.set()
+    await cache._fetches.run(artifact.key, Mock())  # the same one
+    assert names(tmp_path / "cache") == set()

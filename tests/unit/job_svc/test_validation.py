@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from typing import Any, cast
+from unittest.mock import AsyncMock, Mock
+
+import pytest
 
 from job_svc.change_feed import ChangeFeed, job_topic
 from job_svc.credits import Price
@@ -48,6 +51,46 @@ async def test_an_unforeseen_failure_is_tried_again_and_then_ends_the_job(databa
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
+
+
+async def test_a_validator_ends_though_a_job_was_cancelled_just_then(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_claimed = False
+
+    async def claim() -> Any:
+        nonlocal is_claimed
+        if is_claimed:
+            return None
+        is_claimed = True
+        return Mock(request_id=None, id="job-a")
+
+    is_unwinding, is_released = asyncio.Event(), asyncio.Event()
+
+    async def validate(_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_unwinding.set()
+            await is_released.wait()
+
+    validator = Validator(database, ChangeFeed(database), Mock(), Price(0))
+    monkeypatch.setattr(validator, "_claim", claim)
+    monkeypatch.setattr(validator, "_validate", validate)
+    monkeypatch.setattr(
+        validator, "_keep_claim", AsyncMock()
+    )  # returns: the job is not in validation any more
+
+    working = asyncio.create_task(validator.run())
+    await is_unwinding.wait()
+    working.cancel()
+    await asyncio.sleep(0)
+    is_released.set()
+
+    done, _ = await asyncio.wait([working], timeout=2)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    assert done
 
 
 async def outcome(database: Database, job_id: str) -> tuple[str, str | None, str | None]:

@@ -37,6 +37,41 @@ def test_what_the_engine_may_go_back_to_is_kept(
     assert found[-1] == (step, newest)
 
 
+@pytest.mark.parametrize("moment", ["killing", "telling", "waiting for job_svc"])
+async def test_what_came_of_a_run_is_told_though_the_trainer_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    lease = worker_pb2.Lease(job_id="job-a", lease_token="lease-a", lease_seconds=60)
+    client = AsyncMock()
+    attempt = Attempt(lease, client, Mock(), Mock(), tmp_path, Mock(), tmp_path / "run", 1)
+    is_at_it, told = asyncio.Event(), []
+
+    async def kill() -> None:
+        if moment == "killing":
+            is_at_it.set()
+            await asyncio.sleep(0.1)
+
+    async def end_attempt(_: worker_pb2.Lease, **outcome: worker_pb2.Completed) -> None:
+        is_at_it.set()
+        await asyncio.sleep(0.1)
+        if moment == "waiting for job_svc":
+            await asyncio.Event().wait()
+        told.append(outcome["completed"])
+
+    client.end_attempt = end_attempt
+    monkeypatch.setattr(attempt, "_process", Mock(kill=kill))
+    monkeypatch.setattr(attempt, "_train", AsyncMock(return_value=worker_pb2.Completed(steps=3)))
+    running = asyncio.create_task(attempt.run())
+    await is_at_it.wait()
+
+    running.cancel()
+
+    async with asyncio.timeout(20):
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert told == ([] if moment == "waiting for job_svc" else [worker_pb2.Completed(steps=3)])
+
+
 async def test_a_checkpoint_that_can_not_be_stored_ends_the_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
