@@ -34,7 +34,7 @@ SERVICES = {
 # Whoever calls others is stopped before them: the gateway and the workers, the services, the store.
 _STOP_STAGE = {"gateway": 0, "trainer_svc": 0, "inference_svc": 0, "s3": 2}
 _SERVICES_STOP_STAGE = 1
-# Under the time that `up.py` gives the first stage.
+# Under the time that `up.py` gives the first stage. What a trainer says last may be cut, if job_svc is away.
 _DRAIN_SECONDS = 4.0
 _CLIENT_VARIABLES = ("TUNERY_URL", "TUNERY_API_KEY")
 

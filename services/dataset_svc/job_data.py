@@ -124,7 +124,7 @@ class JobData:
 
 
 class _Conversion:
-    """Turns one source file into JSONL. Runs in a thread, until `look_up` raises."""
+    """Turns one source file into JSONL. Runs in a thread; ends early when `look_up` raises."""
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ class Uploads:
                 async for chunk in chunks:
                     await draft.in_thread(partial(form.feed, chunk))
             except TuneryError:
-                await asyncio.shield(draft.discard())
+                await see_through(draft.discard())
                 await _discard_rest(chunks)
                 raise
             uploaded = await draft.in_thread(form.finish)
@@ -192,8 +192,8 @@ class _Draft:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # Shielded: a cancelled call must leave nothing behind either.
-        await asyncio.shield(self.discard())
+        # A cancelled call must leave nothing behind either.
+        await see_through(self.discard())
 
     async def discard(self) -> None:
         """Has nothing stored, unless the upload is committed. Repeatable."""

@@ -96,8 +96,7 @@ class Validator:
             if not validating.done():
                 validating.cancel()
             keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-        await asyncio.wait([validating])
+            await asyncio.wait([validating, keeper])
         if not validating.cancelled():
             validating.result()
 

@@ -1,11 +1,18 @@
-"""What a call that is cancelled still waits for, so that nothing goes on behind its clean-up's back."""
+"""Waiting, when cancelled, for work that can't be cut off, so that no clean-up runs beside it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+
+import structlog
+
+from svc_kit.errors import TuneryError
+
+log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
 
@@ -14,16 +21,21 @@ async def see_through(work: Awaitable[Result], when_cancelled: Callable[[], obje
     """Returns what `work` returns. A caller that is cancelled ends only once the work has.
 
     Args:
-        work: goes on whatever happens to the caller.
+        work: goes on whatever happens to the caller; what it returns or raises then is dropped.
         when_cancelled: tells it that nobody waits for its result any more.
     """
     working = asyncio.ensure_future(work)
+    del work  # it may be the same
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
         if when_cancelled is not None:
             when_cancelled()
-        await asyncio.wait([working])
+        while not working.done():
+            with contextlib.suppress(asyncio.CancelledError):  # once more
+                await asyncio.wait([working])
+        if not working.cancelled() and not isinstance(working.exception(), TuneryError | _Stopped | None):
+            log.warning("work failed whose caller had left", cause=repr(working.exception()))
         raise
     finally:
         # What it failed with has this frame in its traceback: a circle, and whatever the work held in it.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,13 @@ class Database:
             else self._engine.execution_options(isolation_level="AUTOCOMMIT")
         )
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A connection for reading; each statement sees what is committed."""
         async with self._reader.connect() as connection:
             yield connection
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """A transaction: committed at the block's end, rolled back when it raises."""
         async with self._engine.connect() as connection:
@@ -173,12 +173,6 @@ def _sqlite_reader(url: str) -> AsyncEngine:
 
 
 def _set_up_connections(engine: sa.Engine) -> None:
-    @sa.event.listens_for(engine, "invalidate")
-    def roll_back(connection: DBAPIConnection, _record: Any, _error: BaseException | None) -> None:
-        # A connection is closed when a call is cancelled in the midst of a statement. SQLite keeps a closed
-        # one's transaction, and with it the write lock, as long as any rows of a statement are unread.
-        connection.rollback()
-
     @sa.event.listens_for(engine, "connect")
     def set_up(connection: DBAPIConnection, _record: Any) -> None:
         # SQLAlchemy's recipe: the driver must not begin transactions of its own.
@@ -197,6 +191,13 @@ def _begin_explicitly(engine: sa.Engine) -> None:
     def begin(connection: sa.Connection) -> None:
         kind = connection.get_execution_options().get("tunery_begin", "DEFERRED")
         connection.exec_driver_sql(f"BEGIN {kind}")
+
+    @sa.event.listens_for(engine, "invalidate")
+    def roll_back(connection: DBAPIConnection, _record: Any, _error: BaseException | None) -> None:
+        # A connection is closed when a call is cancelled in the midst of a statement. SQLite keeps a closed
+        # one's transaction, and with it the write lock, as long as any rows of a statement are unread.
+        with contextlib.suppress(Exception):  # the connection goes in any case, and the cancel goes on
+            connection.rollback()
 
 
 def migrate(url: str, migrations: Path, metadata: sa.MetaData, revision: str = "head") -> None:

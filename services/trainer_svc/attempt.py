@@ -92,7 +92,7 @@ class Attempt:
         Returns:
             Whether the attempt failed and the job is not to blame.
         """
-        # A cancel must not end whatever the attempt is at: what came of the run is told in any case.
+        # A cancel must not end whatever the attempt is at: what came of the run is still to be told.
         return await see_through(self._run_to_its_end(), self._told_to_stop.set)
 
     async def _run_to_its_end(self) -> bool:

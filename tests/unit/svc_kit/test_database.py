@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from svc_kit.database import SQLITE_BUSY_SECONDS, Database
 
-# One row, after some tens of milliseconds.
-_SLOW = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT sum(i) FROM n"
-
 
 async def test_a_transaction_that_is_cancelled_midway_locks_nothing(tmp_path: Path) -> None:
     database = Database(f"sqlite+aiosqlite:///{tmp_path / 'rows.sqlite'}")
+    is_held, may_go_on, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+
+    def hold() -> int:
+        loop.call_soon_threadsafe(is_held.set)
+        may_go_on.wait(20)
+        return 1
+
+    @sa.event.listens_for(database._engine.sync_engine, "connect")
+    def teach(connection: Any, _: Any) -> None:
+        connection.create_function("hold", 0, hold)
+
     async with database.write() as connection:
         await connection.execute(sa.text("CREATE TABLE rows (number INTEGER)"))
-    reading = asyncio.Event()
 
     async def write_and_read() -> None:
         async with database.write() as connection:
             await connection.execute(sa.text("INSERT INTO rows VALUES (1)"))
-            reading.set()
-            await connection.execute(sa.text(_SLOW))
+            await connection.execute(sa.text("SELECT hold()"))
 
     call = asyncio.create_task(write_and_read())
-    await reading.wait()
-    for _ in range(50):  # until SQLite is at the statement
-        await asyncio.sleep(0)
+    await is_held.wait()
     call.cancel()
+    may_go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await call
 
