@@ -27,6 +27,7 @@ from tests.integration.tunery.running import Up, Ups, wait_for
 from tunery.embedded_s3 import EmbeddedS3, find_binary
 from tunery.ports import free_ports
 from tunery.store_watch import LOOK_SECONDS, PAUSE_SECONDS, StoreWatch
+from tunery.up import STOP_SECONDS_BY_STAGE
 
 # Of the last one's services the clock can be set, which makes them slow.
 Kind = Literal["postgresql", "sqlite", "sqlite, clock set"]
@@ -123,7 +124,11 @@ class S3Server:
 
     def _end(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        try:
+            self.process.wait(STOP_SECONDS_BY_STAGE[-1])
+        except psutil.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 class PostgreSql:
