@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def count_tokens(sample: RowSample, base_model_dir: Path) -> TokenCounts:
     if not sample.rows:
         return TokenCounts()
     try:
-        counter = _Counter(base_model_dir)
+        counter = _counter(base_model_dir)
         counted = [counter.count(json.loads(row)) for row in sample.rows]
     except Exception as error:  # tokenizers raises no class of its own, and a template may raise any
         log.warning("tokens can't be counted", folder=str(base_model_dir), cause=str(error))
@@ -90,6 +91,12 @@ def count_tokens(sample: RowSample, base_model_dir: Path) -> TokenCounts:
     if sample.longest_bytes <= _LONGEST_SAMPLED_BYTES:
         longest = max(*(each[0] for each in counted), counter.count(json.loads(sample.longest))[0])
     return TokenCounts(tokens * scale, targets * scale, longest)
+
+
+# Not made anew for each file: a tokenizer that has encoded keeps some memory for good.
+@lru_cache(maxsize=16)
+def _counter(base_model_dir: Path) -> _Counter:
+    return _Counter(base_model_dir)
 
 
 class _Counter:
