@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from pathlib import Path
 
 from dataset_svc.data_sources import DataSources
@@ -66,7 +67,22 @@ async def main(settings: DatasetSettings) -> None:
     await database.close()
 
 
+def give_back_large_blocks() -> None:
+    """Has glibc take large blocks from the kernel one by one, and give each back when it is freed.
+
+    By itself it stops doing so after the first was freed. The buffers of uploads, of many threads and of
+    sizes of every kind, then leave gaps in its heaps: a third more memory, which grows for a long time.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library, which has its own ways
+    mmap_threshold, its_default = -3, 128 * 1024
+    mallopt(mmap_threshold, its_default)
+
+
 if __name__ == "__main__":
+    give_back_large_blocks()
     settings = read_environment(DatasetSettings)
     configure_log("dataset_svc", settings.log_level)
     asyncio.run(main(settings))
