@@ -191,15 +191,18 @@ local function answer_success(handle, headers, status, content_type)
   end
 end
 
--- A REST call becomes a gRPC call, where some headers mean something else or can't be: names outside
--- gRPC's alphabet, `-bin` values that aren't base64, and its own, such as a deadline.
-local function drop_headers_for_grpc(headers)
+local function drop_headers(headers, is_dropped)
   local dropped = {}
   for name in pairs(headers) do
-    local is_plain = name:match("^:?[a-z0-9_.-]+$")
-    if not is_plain or name:match("^grpc%-") or name:match("%-bin$") then dropped[#dropped + 1] = name end
+    if is_dropped(name) then dropped[#dropped + 1] = name end
   end
   for _, name in ipairs(dropped) do headers:remove(name) end
+end
+
+-- A REST call becomes a gRPC call, where some headers mean something else or can't be: names outside
+-- gRPC's alphabet, `-bin` values that aren't base64, and its own, such as a deadline.
+local function cannot_be_grpcs(name)
+  return not name:match("^:?[a-z0-9_.-]+$") or name:match("^grpc%-") or name:match("%-bin$")
 end
 
 -- Valid sequences of more than one byte.
@@ -236,8 +239,47 @@ local function fault_of_query(query, known)
   end
 end
 
+-- Returns what is wrong with a path, or nil: readers differ in where such a path leads.
+local function fault_of_path(path)
+  if path:find("//", 1, true) then return "The path has `//`; write one slash between two names." end
+  if path:lower():find("%2e", 1, true) then return "The path has `%2e`; write a dot as it is." end
+  for segment in path:gmatch("[^/]+") do
+    segment = unescaped(segment)
+    if segment:match("^%.%.?$") or segment:match("^%.%.?;") then
+      return "The path has a segment `.` or `..`; write the path that it leads to."
+    end
+  end
+end
+
+local function is_gateways_own(name)
+  return name == "x-account-id" or name:match("^x%-tunery%-") ~= nil
+end
+
+-- Of a header that is there twice one reader takes the first, and another the last.
+local function is_repeated(headers, name)
+  -- Envoy has joined some.
+  local unquoted = (headers:get(name) or ""):gsub('"[^"]*"', "")
+  return headers:getNumValues(name) > 1 or name == "content-type" and unquoted:find(",", 1, true)
+end
+
+local ONCE = {"content-type", "idempotency-key"}
+
+local function fault_of_headers(headers)
+  for name in pairs(headers) do
+    if is_gateways_own(name) then
+      local shown = name:sub(1, 60):gsub("[^%w_.-]", "?")
+      return "The header `" .. shown .. "` is the gateway's own; leave it out."
+    end
+  end
+  for _, name in ipairs(ONCE) do
+    if is_repeated(headers, name) then return "The header `" .. name .. "` is there twice; send it once." end
+  end
+end
+
 -- Returns what is wrong with a REST call, or nil.
 local function fault_of_request(headers, query_parameters)
+  local fault = fault_of_headers(headers)
+  if fault then return fault end
   local path = headers:get(":path")
   if not is_utf8(unescaped(path)) then return "The request's path or query is not UTF-8." end
   if not is_utf8(headers:get("content-type") or "") then return "The header Content-Type is not UTF-8." end
@@ -259,13 +301,15 @@ function envoy_on_request(handle)
     local is_id = #own <= 128 and own:match("^[%w%._%-]+$") and not own:find("tnry_", 1, true)
     if is_id then headers:replace("x-request-id", own) end
   end
-  if not query_parameters then return end
-  local fault = fault_of_request(headers, query_parameters)
+  local is_native = (headers:get("content-type") or ""):sub(1, 16) == "application/grpc"
+  -- The transcoder takes more paths than there are routes for.
+  local fault = not is_native and fault_of_path(headers:get(":path"):match("^[^?]*"))
+    or query_parameters and fault_of_request(headers, query_parameters)
   if fault then
     handle:streamInfo():dynamicMetadata():set("envelope", "refused", true)
     return handle:respond({[":status"] = "400"}, fault)
   end
-  drop_headers_for_grpc(headers)
+  drop_headers(headers, query_parameters and cannot_be_grpcs or is_gateways_own)
 end
 
 function envoy_on_response(handle)

@@ -42,15 +42,17 @@ RATE_LIMITED = GatewayError(
     429,
     TooManyRequests.type,
     TooManyRequests.code,
-    "The account's requests come too fast; try again after the pause that `Retry-After` says.",
-    "The account's requests come faster than the gateway takes them; `Retry-After` has the pause in seconds.",
+    "Requests come too fast; try again after the pause that `Retry-After` says.",
+    "An account's requests, or an address's for its health, come faster than the gateway takes them; "
+    "`Retry-After` has the pause in seconds.",
 )
 REFUSED = GatewayError(
     400,
     _BAD_REQUEST,
     "invalid_request",
     "%LOCAL_REPLY_BODY%",
-    "A query parameter is unknown, repeated or of the wrong type, or the request can't be read.",
+    "A query parameter is unknown, repeated or of the wrong type, a header is the gateway's own, or the "
+    "request can't be read.",
 )
 GATEWAY_ERRORS = (
     GatewayError(

@@ -28,13 +28,17 @@ PUBLIC_SERVICES = {
     "tunery.inference.v1.ChatService": "inference_svc",
     "tunery.account.v1.AccountService": "authz",
 }
-# Open to everyone, to job_svc: load balancers ask for health without a key, and the schema is public.
+# Open to everyone, to job_svc: load balancers ask for health without a key, and the schema is public. Streams
+# among them end with the time, so that nobody holds more than some of those that job_svc has for all.
 OPEN_METHODS = (
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
+OPEN_SECONDS = 300
+OPEN_PER_SECOND = 5
+OPEN_BURST = 50
 # Those that make something from one message, and look whether its key came before. Uploads do too, and are
 # sent again where the gateway's buffer of 1 MiB holds them.
 _KEYED = (

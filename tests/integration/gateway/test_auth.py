@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import unquote
 
 import grpc
 import httpx
@@ -64,14 +65,60 @@ async def test_no_path_gets_past_the_auth_check(
     assert upstreams.calls == []
 
 
-@pytest.mark.parametrize("path", ["/api%2fv1/fine-tuning/jobs", "/api/v1%5cfine-tuning/jobs", "/%00"])
-async def test_ambiguous_path_is_refused_even_with_a_key(
-    gateway: Gateway, upstreams: Upstreams, path: str
-) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//api/v1/fine-tuning/jobs",
+        "/api//v1/fine-tuning/jobs",
+        "/api/v1/fine-tuning//jobs",
+        "/api/v1/fine-tuning/jobs//",
+        "/api/v1/fine-tuning/jobs//job-1",
+        "/./api/v1/fine-tuning/jobs",
+        "/api/v1/fine-tuning/./jobs",
+        "/x/../api/v1/fine-tuning/jobs",
+        "/api/v1/fine-tuning/jobs/../jobs",
+        "/api/v1/fine-tuning/jobs/..",
+        "/api/v1/fine-tuning/jobs/.",
+        "/healthz/../api/v1/fine-tuning/jobs",
+        "/api/v1/fine-tuning/jobs/..;",
+        "/api/v1/fine-tuning/jobs/..;/jobs",
+        "/api/v1/fine-tuning/jobs/.;x",
+        "/..;/api/v1/fine-tuning/jobs",
+        "/api/v1/fine-tuning/jobs/%2e%2e",
+        "/api/v1/fine-tuning/jobs/%2E%2e",
+        "/api/v1/fine-tuning/jobs/.%2e/jobs",
+        "/api/v1/fine-tuning/jobs/%2e",
+        "/api/v1/fine-tuning/jobs/..%3b",
+        "/api/v1/fine-tuning/jobs/job%2e1",
+        "/api%2fv1/fine-tuning/jobs",
+        "/api/v1/fine-tuning/jobs%2fjob-1",
+        "/api/v1/fine-tuning/jobs/%2e%2e%2fcredits",
+        "/api/v1%5cfine-tuning/jobs",
+        "/api/v1/fine-tuning/jobs\\job-1",
+        "/%61pi/v1/fine-tuning/jobs",
+        "/api/v1/fine-tuning/job%73",
+        "/api/v1/fine-tuning/jobs;x=1",
+        "/API/v1/fine-tuning/jobs",
+        "/fine_tuning/jobs/x/files/../../status",
+        "/fine_tuning/jobs/x/files/a/%2e%2e/b",
+        "/fine_tuning/jobs/x/files/..;/b",
+        "/%00",
+    ],
+)
+async def test_odd_path_is_refused_even_with_a_key(gateway: Gateway, upstreams: Upstreams, path: str) -> None:
     answer = await request(gateway, f"GET {path}", KEY_HEADER)
 
     assert answer.status in (400, 404)
+    assert json.loads(answer.body)["error"]["code"] in ("invalid_request", "route_not_found")
     assert upstreams.calls == []
+
+
+@pytest.mark.parametrize("job_id", ["..job", "job..1", "job.", "a;b", "%3A", "job%3b"])
+async def test_a_dot_in_a_name_is_none_of_those(gateway: Gateway, upstreams: Upstreams, job_id: str) -> None:
+    answer = await request(gateway, f"GET /api/v1/fine-tuning/jobs/{job_id}", KEY_HEADER)
+
+    assert answer.status == 200
+    assert upstreams.last.request.job_id == unquote(job_id)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +192,52 @@ async def test_services_get_an_identity_and_never_the_key(gateway: Gateway, upst
     assert FIRST_KEY not in repr(call.metadata)
 
 
+@pytest.mark.parametrize(
+    "name", ["x-account-id", "X-Account-Id", "x-tunery-account", "x-tunery-identity", "x-tunery-x.y"]
+)
+async def test_a_header_that_claims_an_identity_is_refused(
+    gateway: Gateway, upstreams: Upstreams, name: str
+) -> None:
+    answer = await gateway.client.get("/api/v1/fine-tuning/jobs", headers={name: "acct-victim"})
+
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == "invalid_request"
+    assert f"`{name.lower()}`" in error["message"]
+    assert upstreams.calls == []
+
+
+async def test_a_native_call_that_claims_an_identity_has_its_own(
+    gateway: Gateway, upstreams: Upstreams
+) -> None:
+    stub = job_service_pb2_grpc.JobServiceStub(gateway.channel)
+    claims = (("x-account-id", "acct-victim"), ("x-tunery-account", "acct-victim"))
+
+    await stub.ListJobs(
+        job_service_pb2.ListJobsRequest(), metadata=(("authorization", f"Bearer {FIRST_KEY}"), *claims)
+    )
+
+    assert "acct-victim" not in repr(upstreams.last.metadata)
+    assert upstreams.last.identity.subject != "acct-victim"
+
+
+@pytest.mark.parametrize("name", ["content-type", "idempotency-key"])
+async def test_a_header_that_is_there_twice_is_refused(
+    gateway: Gateway, upstreams: Upstreams, name: str
+) -> None:
+    answer = await request(
+        gateway, "POST /api/v1/fine-tuning/jobs", KEY_HEADER, f"{name}: a", f"{name}: b", body=b"{}"
+    )
+
+    assert answer.status == 400
+    assert f"`{name}` is there twice" in json.loads(answer.body)["error"]["message"]
+    assert upstreams.calls == []
+
+
 async def test_headers_that_only_the_gateway_may_send_are_stripped(
     gateway: Gateway, upstreams: Upstreams
 ) -> None:
     spoofed = {
-        "x-account-id": "acct-victim",
         "x-envoy-original-path": "/healthz",
         "x-envoy-original-method": "PUT",
         "x-envoy-upstream-rq-timeout-ms": "1",
@@ -157,7 +245,7 @@ async def test_headers_that_only_the_gateway_may_send_are_stripped(
         "x-envoy-retry-on": "5xx",
         "x-envoy-decorator-operation": "x",
         "x-envoy-anything": "x",
-        "x-tunery-anything": "x",
+        "x-tunery-client-request-id": "x",
         "x-http-status": "201",
         "x_account_id": "acct-victim",
     }

@@ -12,6 +12,7 @@ from google.api import httpbody_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from gateway import routes
 from tests.integration.gateway.stack import FIRST_KEY, Gateway
 from tests.integration.gateway.upstreams import Upstreams
 from tunery.dataset.v1 import dataset_service_pb2, dataset_service_pb2_grpc
@@ -31,6 +32,18 @@ from tunery.job.v1 import (
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 AUTHORIZATION = (("authorization", f"Bearer {FIRST_KEY}"),)
+
+
+async def test_a_message_that_grows_when_it_is_unpacked_is_refused(
+    gateway: Gateway, upstreams: Upstreams
+) -> None:
+    async with grpc.aio.insecure_channel(gateway.address, compression=grpc.Compression.Gzip) as channel:
+        stub = job_service_pb2_grpc.JobServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.GetJob(job_service_pb2.GetJobRequest(job_id="x" * 20_000_000), metadata=AUTHORIZATION)
+
+    assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert upstreams.calls == []
 
 
 async def test_every_public_service_is_routed(gateway: Gateway, upstreams: Upstreams) -> None:
@@ -158,3 +171,20 @@ async def test_reflection_needs_no_key(gateway: Gateway) -> None:
 
     names = {service.name for service in answers[0].list_services_response.service}
     assert "tunery.job.v1.JobService" in names
+
+
+async def test_what_needs_no_key_has_a_rate(gateway: Gateway) -> None:
+    health = health_pb2_grpc.HealthStub(gateway.channel)
+    request = health_pb2.HealthCheckRequest()
+
+    watches = [health.Watch(request) for _ in range(routes.OPEN_BURST + 30)]
+    answers = await asyncio.gather(*(watch.read() for watch in watches), return_exceptions=True)
+    for watch in watches:
+        watch.cancel()
+
+    refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    assert 10 <= len(refused) <= 30
+    assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    # A way of its own for each.
+    stub = job_service_pb2_grpc.JobServiceStub(gateway.channel)
+    await stub.ListJobs(job_service_pb2.ListJobsRequest(), metadata=AUTHORIZATION)
