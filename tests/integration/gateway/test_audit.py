@@ -77,9 +77,35 @@ async def test_a_call_beyond_the_keys_scopes(
 
     created, refused = audit
     assert (created["key"], created["result"]) == (FIRST_KEY[:11], "ok")
+    assert created["resource"] == {"key_id": made["key"]["id"]}
     assert (refused["key"], refused["result"]) == (made["key"]["id"], "forbidden")
     assert refused["resource"] == {"dataset_id": "ds-1"}
     assert made["api_key"] not in str(audit)
+
+
+@pytest.mark.parametrize("over", ["rest", "grpc"])
+async def test_a_key_for_another_account(gateway: Gateway, audit: list[Any], over: str) -> None:
+    stub = account_service_pb2_grpc.AccountServiceStub(gateway.channel)
+    other = await stub.CreateAccount(
+        account_service_pb2.CreateAccountRequest(name="other"), metadata=AUTHORIZATION
+    )
+    wanted = {"name": "x", "scopes": ["read"], "account_id": other.account_id}
+    if over == "rest":
+        made_id = (await gateway.client.post("/api/v1/keys", json=wanted)).json()["key"]["id"]
+    else:
+        request = account_service_pb2.CreateApiKeyRequest(**wanted)
+        made_id = (await stub.CreateApiKey(request, metadata=AUTHORIZATION)).key.id
+
+    assert audit[-1]["resource"] == {"account_id": other.account_id, "key_id": made_id}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'{"job_id": 1}', b"[" * 100_000])
+async def test_a_body_without_ids(
+    gateway: Gateway, upstreams: Upstreams, audit: list[Any], body: bytes
+) -> None:
+    await gateway.client.post("/fine_tuning/jobs/cancel", content=body)
+
+    assert [line["resource"] for line in audit] == [{}]
 
 
 async def test_an_upload(gateway: Gateway, upstreams: Upstreams, audit: list[Any]) -> None:
