@@ -16,7 +16,8 @@ from google.rpc import code_pb2, status_pb2
 from gateway.authz.accounts import HOW_TO, Accounts, Admission
 from gateway.authz.api_keys import ApiKey
 from gateway.errors import details_headers
-from svc_kit.errors import Unauthenticated
+from svc_kit.errors import InvalidRequest, Unauthenticated
+from svc_kit.idempotency import HEADER, idempotency_key
 from svc_kit.identity import current_identity
 from svc_kit.rest_answers import CREATED, NO_CONTENT
 from svc_kit.strict_json import StrictBody, parse_json_object, validate
@@ -74,6 +75,15 @@ def _denied(error: Unauthenticated, *, is_grpc: bool) -> external_auth_pb2.Check
     )
 
 
+def _refuse_idempotency_key(context: Any) -> None:
+    """A key is shown once and then kept as a hash, so it can't be shown again to whoever asks again."""
+    if idempotency_key(context) is not None:
+        raise InvalidRequest(
+            f"`{HEADER}` has no effect where an API key is made; leave it out, and revoke a key made twice.",
+            field=HEADER,
+        )
+
+
 class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
     """Answers Envoy's question whether a call may go on."""
 
@@ -109,6 +119,7 @@ class AccountServicer(account_service_pb2_grpc.AccountServiceServicer):
     async def CreateAccount(
         self, request: account_pb2.CreateAccountRequest, context: Any
     ) -> account_pb2.CreateAccountResponse:
+        _refuse_idempotency_key(context)
         credits = request.credits if request.HasField("credits") else None
         made = await self._accounts.create(current_identity(), request.name, credits)
         return account_pb2.CreateAccountResponse(account_id=made.account_id, api_key=made.api_key)
@@ -116,19 +127,20 @@ class AccountServicer(account_service_pb2_grpc.AccountServiceServicer):
     async def CreateApiKey(
         self, request: account_pb2.CreateApiKeyRequest, context: Any
     ) -> account_pb2.CreateApiKeyResponse:
-        return await self._create_key(request.name, request.scopes, _account_id(request))
+        return await self._create_key(request.name, request.scopes, _account_id(request), context)
 
     async def CreateApiKeyFromJson(
         self, request: httpbody_pb2.HttpBody, context: Any
     ) -> account_pb2.CreateApiKeyResponse:
         body = validate(CreateApiKeyBody, parse_json_object(request.data))
-        made = await self._create_key(body.name, body.scopes, body.account_id)
+        made = await self._create_key(body.name, body.scopes, body.account_id, context)
         await context.send_initial_metadata(CREATED)
         return made
 
     async def _create_key(
-        self, name: str, scopes: Sequence[str], account_id: str | None
+        self, name: str, scopes: Sequence[str], account_id: str | None, context: Any
     ) -> account_pb2.CreateApiKeyResponse:
+        _refuse_idempotency_key(context)
         key, api_key = await self._accounts.create_key(current_identity(), name, scopes, account_id)
         return account_pb2.CreateApiKeyResponse(key=_message(key), api_key=api_key)
 

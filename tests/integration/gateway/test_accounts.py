@@ -601,3 +601,27 @@ async def test_create_account_has_no_rest_form(gateway: Gateway) -> None:
     answer = await gateway.client.post("/tunery.account.v1.AccountService/CreateAccount", json={"name": "x"})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "route_not_found")
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_making_a_key_takes_no_idempotency_key(gateway: Gateway) -> None:
+    """A key is shown once, so that it can't be shown again to whoever asks again."""
+    headers = {"idempotency-key": "again"}
+    before = (await gateway.client.get("/api/v1/keys")).json()
+
+    answer = await gateway.client.post(
+        "/api/v1/keys", json={"name": "x", "scopes": ["read"]}, headers=headers
+    )
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    assert "`Idempotency-Key` has no effect" in answer.json()["error"]["message"]
+    stub = account_service_pb2_grpc.AccountServiceStub(gateway.channel)
+    metadata = (("authorization", f"Bearer {FIRST_KEY}"), ("idempotency-key", "again"))
+    for call, request in (
+        (stub.CreateAccount, account_service_pb2.CreateAccountRequest(name="x")),
+        (stub.CreateApiKey, account_service_pb2.CreateApiKeyRequest(name="x", scopes=["read"])),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call(request, metadata=metadata)
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert (await gateway.client.get("/api/v1/keys")).json() == before
