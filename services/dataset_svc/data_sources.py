@@ -25,6 +25,8 @@ KINDS = "dataset://ID, s3://BUCKET/KEY, file:///PATH or https://HOST/PATH"
 _LONGEST_URI = 2048
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+# For a whole file: whoever sends a byte now and then would keep others' jobs waiting.
+_WHOLE_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class HttpsUri:
     url: str
     host: str
     port: int
+
+    @property
+    def shown(self) -> str:
+        """The URL without its query, which may hold a signature."""
+        return self.url.partition("?")[0]
 
 
 DataUri = DatasetUri | ObjectUri | FileUri | HttpsUri
@@ -182,10 +189,12 @@ class DataSources:
         context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
         # Connecting to the address that was checked, not to what the name says a moment later.
         url = httpx.URL(source.url).copy_with(host=address)
-        headers = {"host": source.host if source.port == 443 else f"{source.host}:{source.port}"}
+        host = source.host if source.port == 443 else f"{source.host}:{source.port}"
+        headers = {"host": host, "accept-encoding": "identity"}
         extensions = {"sni_hostname": source.host}
         try:
             async with (
+                asyncio.timeout(_WHOLE_SECONDS),
                 httpx.AsyncClient(
                     verify=context, timeout=_TIMEOUT, follow_redirects=False, trust_env=False
                 ) as client,
@@ -193,19 +202,30 @@ class DataSources:
             ):
                 await self._save(source, response, path)
         except httpx.HTTPError as error:
-            raise Unavailable(f"{source.url} can't be read for now: {error}.") from error
+            raise Unavailable(f"{source.shown} can't be read for now: {error}.") from error
+        except TimeoutError as error:
+            raise InvalidRequest(
+                f"{source.shown} is not read whole after {_WHOLE_SECONDS} s; upload the file as a dataset."
+            ) from error
 
     async def _save(self, source: HttpsUri, response: httpx.Response, path: Path) -> None:
         if response.status_code >= 500 or response.status_code == 429:
-            raise Unavailable(f"{source.url} answered {response.status_code}.")
+            raise Unavailable(f"{source.shown} answered {response.status_code}.")
         if response.status_code != 200:
             cure = "; redirects are not followed, name the final URL" if response.is_redirect else ""
-            raise InvalidRequest(f"{source.url} answered {response.status_code}{cure}.")
+            raise InvalidRequest(f"{source.shown} answered {response.status_code}{cure}.")
+        encoding = response.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            # Little that comes may be much that it stands for, and nobody would have counted it before.
+            raise InvalidRequest(
+                f"{source.shown} was sent with Content-Encoding {encoding[:60]!r}, which is not read here; "
+                "have it sent as it is."
+            )
         size_bytes = 0
         with path.open("wb") as file:
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():
                 size_bytes += len(chunk)
-                self._check_size(source.url, size_bytes)
+                self._check_size(source.shown, size_bytes)
                 file.write(chunk)
 
     async def _resolve(self, source: HttpsUri) -> str:
@@ -216,7 +236,7 @@ class DataSources:
             raise Unavailable(f"The host {source.host} can't be found: {error.strerror}.") from error
         address = str(found[0][4][0])
         if not self._settings.import_https_private and not is_public(ipaddress.ip_address(address)):
-            raise UnsupportedDataUri(f"{source.url} is not allowed: {source.host} is not a public address.")
+            raise UnsupportedDataUri(f"{source.shown} is not allowed: {source.host} is not a public address.")
         return address
 
 

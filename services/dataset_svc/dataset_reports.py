@@ -21,13 +21,15 @@ from dataset_svc.training_rows import iter_csv_examples, iter_dialog_examples
 from svc_kit.cancellation import in_stoppable_thread, see_through
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.child_process import run_module
-from svc_kit.errors import InvalidRequest, NotFound, Unavailable
+from svc_kit.errors import InvalidRequest, LimitReached, NotFound, Unavailable
 from svc_kit.object_store import ObjectStore
 from svc_kit.shared_calls import SharedCalls
+from svc_kit.under_way import UnderWay
 from trainer_svc.base_models import base_model_dir, is_pulled
 
 # Below what the gateway gives a report, so that the answer says what it waited for.
 ANSWER_SECONDS = 280
+MAX_OF_ACCOUNT = 4
 MIN_SEQUENCE_LENGTH = 2
 
 # Part of each key: reports of an older form are not found, and go with their dataset.
@@ -96,6 +98,7 @@ class DatasetReports:
         self._fetches: SharedCalls[None] = SharedCalls()
         # torch for one report takes some hundred megabytes.
         self._turn = asyncio.Lock()
+        self._under_way = UnderWay()
 
     async def close(self) -> None:
         """Ends what goes on without a caller."""
@@ -109,6 +112,7 @@ class DatasetReports:
             UnknownBaseModel: the catalog has no such model.
             UnsupportedColumns: a CSV's columns don't fit the task, or any task.
             InvalidRequest: the task or the length is none that can be asked for.
+            LimitReached: as many reports of the account's are being made as may.
             Unavailable: the base model can't be fetched, or time ran out.
         """
         question = self._question(await self._datasets.get(account_id, request.dataset_id), request)
@@ -117,14 +121,21 @@ class DatasetReports:
             async with asyncio.timeout(ANSWER_SECONDS):
                 if (known := await self._kept(question)) is not None:
                     return known
-                doing = f"the base model {question.entry.id} is still being fetched"
-                await self._fetch(question.entry)
-                doing = "other reports are made before this one"
-                async with self._turn:
-                    if (known := await self._kept(question)) is not None:
-                        return known
-                    doing = "there is so much to look through; try it with a part of the rows"
-                    return await self._make(account_id, question)
+                # Accounts wait for each other: none may keep the others waiting for long.
+                if self._under_way.of(account_id) >= MAX_OF_ACCOUNT:
+                    raise LimitReached(
+                        f"{MAX_OF_ACCOUNT} reports of the account are being made, and that is the limit; "
+                        "wait for one to be ready."
+                    )
+                with self._under_way.one_more(account_id):
+                    doing = f"the base model {question.entry.id} is still being fetched"
+                    await self._fetch(question.entry)
+                    doing = "other reports are made before this one"
+                    async with self._turn:
+                        if (known := await self._kept(question)) is not None:
+                            return known
+                        doing = "there is so much to look through; try it with a part of the rows"
+                        return await self._make(account_id, question)
         except TimeoutError as error:
             raise Unavailable(
                 f"The report isn't ready after {ANSWER_SECONDS} s: {doing}. Ask again later."

@@ -35,6 +35,8 @@ _HOLDS_AT_ONCE = 1000
 _YOUNG = dt.timedelta(seconds=60)
 _ABANDONED = dt.timedelta(hours=24)
 _SWEEP_SECONDS = 600
+# Of one account's datasets together: all of them are in the answer to a list.
+MAX_COLUMN_CHARS = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,22 @@ class Datasets:
             return (await connection.execute(insert.returning(*datasets.c))).one()
 
     async def _check_limits(self, connection: AsyncConnection, account_id: str, more_bytes: int) -> None:
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(datasets.c.size_bytes), 0)).where(
-            datasets.c.account_id == account_id, datasets.c.status == "stored"
-        )
-        num_datasets, num_bytes = (await connection.execute(query)).one()
+        query = sa.select(
+            sa.func.count(),
+            sa.func.coalesce(sa.func.sum(datasets.c.size_bytes), 0),
+            sa.func.coalesce(sa.func.sum(sa.func.length(datasets.c.columns)), 0),
+        ).where(datasets.c.account_id == account_id, datasets.c.status == "stored")
+        num_datasets, num_bytes, num_column_chars = (await connection.execute(query)).one()
         limits = self._limits
         if num_datasets >= limits.max_datasets:
             raise LimitReached(
                 f"The account has {num_datasets:,} datasets, and {limits.max_datasets:,} is the limit; "
                 "delete some that are not needed any more."
+            )
+        if num_column_chars > MAX_COLUMN_CHARS:
+            raise LimitReached(
+                f"The columns' names of the account's datasets have {num_column_chars:,} characters, and no "
+                f"dataset is taken above {MAX_COLUMN_CHARS:,}; delete some that are not needed any more."
             )
         if limits.max_bytes is not None and num_bytes + more_bytes > limits.max_bytes:
             raise LimitReached(

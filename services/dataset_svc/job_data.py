@@ -27,6 +27,8 @@ from svc_kit.object_store import ObjectStore, account_prefix, patiently
 from trainer_svc.base_models import base_model_dir
 
 TRAINING, VALIDATION = "training", "validation"
+# Bad rows that the error report names; those after them are counted.
+MAX_REPORTED_ROWS = 1_000
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class JobData:
                         format_ = await self._sources.fetch(request.account_id, uri, source)
                         job = _Conversion(request, use, uri, format_, folder, model_dir, prepared, report)
                         await in_stoppable_thread(partial(job.run, source))
-                report.write("\n]}\n")
+                report.write(f'\n], "num_bad_rows": {prepared.num_bad_rows}}}\n')
             await self._store_results(request, folder, prepared)
             return prepared
 
@@ -208,13 +210,15 @@ class _Conversion:
 
     def _note(self, problems: Sequence[RowProblem]) -> None:
         prepared = self._prepared
+        prepared.num_bad_rows += 1
+        if prepared.num_bad_rows > MAX_REPORTED_ROWS:
+            return
         for problem in problems:
             separator = ",\n" if prepared.first_problem else "\n"
             if prepared.first_problem is None:
                 prepared.first_problem = str(problem)
             entry = {"data": self._uri, **problem.to_json()}
             self._report.write(separator + json.dumps(entry, ensure_ascii=False))
-        prepared.num_bad_rows += 1
 
 
 def _select(generator: random.Random, num_drawn: int, num_rows: int) -> Iterator[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 import http.server
 import ipaddress
 import os
@@ -32,11 +33,15 @@ class Pages(http.server.BaseHTTPRequestHandler):
     """What the HTTPS host serves."""
 
     def do_GET(self) -> None:
-        status = int(self.path.rsplit("/", 1)[-1]) if self.path.startswith("/status/") else 200
+        path = self.path.partition("?")[0]
+        status = int(path.rsplit("/", 1)[-1]) if path.startswith("/status/") else 200
         self.send_response(status)
         if status in (301, 302):
             self.send_header("Location", "https://127.0.0.1/elsewhere")
         body = b"x" * (LIMIT_BYTES + 1) if self.path == "/large" else ROWS
+        if self.path == "/bomb":
+            self.send_header("Content-Encoding", "gzip, gzip")
+            body = gzip.compress(gzip.compress(ROWS))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -213,6 +218,7 @@ def test_which_addresses_are_public(address: str, expected: bool) -> None:
         ("/status/404", InvalidRequest),
         ("/status/302", InvalidRequest),
         ("/large", InvalidRequest),
+        ("/bomb", InvalidRequest),
         ("/status/503", Unavailable),
         ("/status/429", Unavailable),
     ],
@@ -288,3 +294,12 @@ async def test_own_and_shared_objects_are_read(
         assert await fetch(settings, store, f"s3://tunery-test/{key}", tmp_path / "copy") == ROWS
     with pytest.raises(InvalidRequest, match="nothing at"):
         await fetch(settings, store, "s3://tunery-test/shared/missing", tmp_path / "copy")
+
+
+async def test_a_url_is_named_without_its_query(
+    settings: DatasetSettings, store: ObjectStore, tmp_path: Path, https_port: int
+) -> None:
+    url = f"https://localhost:{https_port}/status/404"
+    with pytest.raises(InvalidRequest) as raised:
+        await fetch(settings, store, f"{url}?signature=secret", tmp_path / "copy")
+    assert raised.value.message == f"{url} answered 404."

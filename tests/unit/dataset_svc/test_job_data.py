@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,3 +89,28 @@ async def test_what_still_reaches_the_store_of_a_cancelled_job_is_removed(
     # And nothing else: another try has a place of its own.
     assert removal.args[0].startswith("accounts/acct/jobs/job-a/data/")
     assert len(removal.args[0]) > len("accounts/acct/jobs/job-a/data/")
+
+
+async def test_the_error_report_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of two bytes a row would fill the disk with what is wrong in each."""
+    num_rows = 50 * job_data.MAX_REPORTED_ROWS
+
+    async def fetch(_account_id: str, _uri: str, path: Path) -> str:
+        path.write_bytes(b"x\n" * num_rows)
+        return "jsonl"
+
+    reports = []
+
+    async def put_file(_key: str, path: Path) -> None:
+        reports.append(path.read_text())
+
+    data = JobData(Mock(fetch=fetch), Mock(), Mock(put_file=put_file), MagicMock(), tmp_path)
+    request = DataRequest("acct", "job-a", "dataset://ds", None, None, 0, 0, "tunery-tiny")
+    monkeypatch.setattr(job_data, "base_model_dir", lambda *_: tmp_path)
+
+    prepared = await data.prepare(request)
+
+    assert prepared.num_bad_rows == num_rows
+    report = json.loads(reports[0])
+    assert report["num_bad_rows"] == num_rows
+    assert [row["line"] for row in report["rows"]] == list(range(1, job_data.MAX_REPORTED_ROWS + 1))

@@ -14,7 +14,7 @@ from dataset_svc import dataset_reports
 from dataset_svc.dataset_reports import DatasetReports, ReportRequest
 from dataset_svc.uploads import Uploads
 from svc_kit.cancellation import see_through
-from svc_kit.errors import NotFound
+from svc_kit.errors import LimitReached, NotFound
 
 REFUSED_FORM = "".join(
     f'--b\r\nContent-Disposition: form-data; name="{name}"; filename="rows.csv"\r\n\r\nq,a\r\n1,2\r\n\r\n'
@@ -95,3 +95,34 @@ async def test_a_refused_upload_is_discarded_though_its_sender_leaves() -> None:
         await uploading
     async with asyncio.timeout(5):
         await is_discarded.wait()
+
+
+async def test_an_account_with_many_reports_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def not_kept(_: str) -> AsyncIterator[bytes]:
+        raise NotFound("There is no such object.")
+        yield b""
+
+    dataset = Mock(id="ds", object_key="accounts/a/datasets/ds", format="jsonl", columns=[])
+    entry = Mock(id="model", source="source", revision=None, context_length=100)
+    store = Mock(read_chunks=not_kept)
+    reports = DatasetReports(
+        Mock(get=AsyncMock(return_value=dataset)), store, Mock(get=lambda _: entry), tmp_path, None
+    )
+    may_fetch = asyncio.Event()
+    monkeypatch.setattr(reports, "_fetch", lambda _: may_fetch.wait())
+    monkeypatch.setattr(reports, "_make", AsyncMock(return_value={}))
+    requests = [ReportRequest("ds", None, None, length) for length in range(10, 20)]
+    asking = [asyncio.create_task(reports.get("a", request)) for request in requests]
+    other = asyncio.create_task(reports.get("b", requests[0]))
+
+    async with asyncio.timeout(5):
+        done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        while len(done) < len(asking) - dataset_reports.MAX_OF_ACCOUNT:
+            done, _ = await asyncio.wait(asking, timeout=0.01)
+    may_fetch.set()
+
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [dict] * 4 + [LimitReached] * 6
+    assert await other == {}
