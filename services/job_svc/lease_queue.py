@@ -458,7 +458,10 @@ class LeaseQueue:
             if now - listening_since < self.lease_seconds:
                 continue
             try:
-                await self._requeue(jobs.c.lease_expires_at < utc_now(), "the trainer was lost")
+                # A lease longer than any was given before the clock was set back, to a trainer that is gone.
+                now_utc, longest = utc_now(), dt.timedelta(seconds=2 * self.lease_seconds)
+                is_lost = ~jobs.c.lease_expires_at.between(now_utc, now_utc + longest)
+                await self._requeue(is_lost, "the trainer was lost")
             except DATABASE_AWAY as error:
                 log.warning("lapsed leases can't be looked for", cause=str(error))
                 listening_since = clock()  # nobody could renew a lease meanwhile
@@ -500,7 +503,8 @@ def _whose_turn(max_running_jobs: int | None, passed_over: Collection[str]) -> s
 
 
 def _check_prefix(job: sa.Row[Any], object_prefix: str) -> None:
-    if not object_prefix.startswith(attempt_prefix(job)):
+    parts = object_prefix.split("/")
+    if not object_prefix.startswith(attempt_prefix(job)) or "." in parts or ".." in parts:
         raise InvalidRequest(
             f"{object_prefix!r} is not below {attempt_prefix(job)}, where this attempt stores.",
             field="object_prefix",

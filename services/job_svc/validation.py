@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_svc import credits, estimates
 from job_svc.change_feed import QUEUE, SWEEP, VALIDATION, ChangeFeed, job_topic
 from job_svc.job_data_client import JobDataClient
-from job_svc.job_state import JobStatus, move, write_line
+from job_svc.job_state import ENDED, JobStatus, move, write_line
 from job_svc.jobs import planned_tokens
+from job_svc.sweeper import SWEEP_AGAIN
 from job_svc.tables import jobs
 from svc_kit.database import DATABASE_AWAY, Database, UtcTime, utc_now
 from svc_kit.errors import InsufficientCredits, TuneryError
@@ -25,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 CONCURRENT_VALIDATIONS = 2
 _CLAIM = dt.timedelta(seconds=15)
+# Nobody has tried for so long: the stack was down, and what failed before it counts no more.
+_FORGOTTEN_AFTER = dt.timedelta(minutes=10)
 _RENEW_SECONDS = 2.0
 _POLL_SECONDS = 2.0
 _RETRY_SECONDS = 2.0
@@ -32,7 +38,11 @@ _GIVE_UP_AFTER = dt.timedelta(minutes=30)
 
 
 class Validator:
-    """Takes jobs in `validation` one by one. Any number of replicas may run; a claim keeps them apart."""
+    """Takes jobs in `validation` one by one. Any number of replicas may run; a claim keeps them apart.
+
+    Accounts take turns, and of each there is one job at a time: neither many jobs nor slow data of one keep
+    those of others waiting.
+    """
 
     def __init__(
         self,
@@ -45,6 +55,7 @@ class Validator:
         self._feed = feed
         self._job_data = job_data
         self._price = price
+        self._last_turns: dict[str, float] = {}  # of the accounts whose jobs wait
 
     async def run(self) -> None:
         """Works until cancelled."""
@@ -70,21 +81,41 @@ class Validator:
 
     async def _claim(self) -> sa.Row[Any] | None:
         now = utc_now()
-        free = sa.or_(jobs.c.claimed_until.is_(None), jobs.c.claimed_until < now)
-        oldest = (
-            sa.select(jobs.c.id)
-            .where(jobs.c.status == JobStatus.VALIDATION, free)
-            # Those that were tried in vain come after those that were not tried yet.
-            .order_by(sa.nulls_first(jobs.c.claimed_until), jobs.c.number)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
+        in_validation = jobs.c.status == JobStatus.VALIDATION
+        # A claim of a time that none can have yet was made before the clock was set back.
+        is_claimed = jobs.c.claimed_until.between(now, now + 2 * _CLAIM)
+        busy = sa.select(jobs.c.account_id).where(in_validation, is_claimed)
+        waiting = sa.select(jobs.c.account_id).where(in_validation, jobs.c.account_id.not_in(busy)).distinct()
         async with self._database.write() as connection:
-            job_id = await connection.scalar(oldest)
-            if job_id is None:
+            account_id = self._next_in_turn(await connection.scalars(waiting))
+            oldest = (
+                sa.select(jobs.c.id)
+                .where(in_validation, jobs.c.account_id == account_id)
+                # Those that were tried in vain come after those that were not tried yet.
+                .order_by(sa.nulls_first(jobs.c.claimed_until), jobs.c.number)
+                .limit(1)
+                .with_for_update(skip_locked=True)
+            )
+            if account_id is None or (job_id := await connection.scalar(oldest)) is None:
                 return None
-            claim = jobs.update().where(jobs.c.id == job_id).values(claimed_until=now + _CLAIM)
+            is_forgotten = jobs.c.claimed_until < now - _FORGOTTEN_AFTER
+            claim = (
+                jobs.update()
+                .where(jobs.c.id == job_id)
+                .values(
+                    claimed_until=now + _CLAIM,
+                    failing_since=sa.case((is_forgotten, sa.null()), else_=jobs.c.failing_since),
+                )
+            )
             return (await connection.execute(claim.returning(*jobs.c))).one()
+
+    def _next_in_turn(self, account_ids: Iterable[str]) -> str | None:
+        """The account that had no turn for longest; None if none waits."""
+        self._last_turns = {account: self._last_turns.get(account, 0.0) for account in account_ids}
+        account_id = min(self._last_turns, key=self._last_turns.__getitem__, default=None)
+        if account_id is not None:
+            self._last_turns[account_id] = time.monotonic()
+        return account_id
 
     async def _validate_claimed(self, job: sa.Row[Any]) -> None:
         validating = asyncio.create_task(self._validate(job))
@@ -109,6 +140,7 @@ class Validator:
                 async with self._database.write() as connection:
                     renewal = jobs.update().where(mine).values(claimed_until=utc_now() + _CLAIM)
                     if (await connection.execute(renewal)).rowcount == 0:
+                        await self._sweep_again(connection, job_id)
                         return
             except DATABASE_AWAY as error:
                 log.warning("a claim can't be renewed for now", job_id=job_id, cause=str(error))
@@ -150,6 +182,9 @@ class Validator:
         else:
             log.warning("the job's data can't be prepared for now", job_id=job.id, cause=error.message)
             await asyncio.sleep(_RETRY_SECONDS)
+            mine = sa.and_(jobs.c.id == job.id, jobs.c.status == JobStatus.VALIDATION)
+            async with self._database.write() as connection:
+                await connection.execute(jobs.update().where(mine).values(claimed_until=utc_now()))
 
     async def _failing_since(self, job_id: str) -> dt.datetime:
         """Returns when the first try failed. The job's age says nothing: the stack may have been down."""
@@ -201,6 +236,9 @@ class Validator:
                         jobs.update().where(jobs.c.id == job.id).values(credits_held=held)
                     )
         except _CancelledMeanwhile:
+            async with self._database.write() as connection:
+                await self._sweep_again(connection, job.id)
+            self._feed.announce(SWEEP)
             return
         except InsufficientCredits as error:
             await self._fail(job, error.message, "job", None)
@@ -220,12 +258,20 @@ class Validator:
                 error_report_key=report_key,
                 claimed_until=None,
             )
-            if row is not None:
+            if row is None:
+                await self._sweep_again(connection, job.id)
+            else:
                 charged = await credits.settle(connection, row, 0)
                 await connection.execute(
                     jobs.update().where(jobs.c.id == job.id).values(credits_charged=charged)
                 )
         self._feed.announce(job_topic(job.id), SWEEP)
+
+    @staticmethod
+    async def _sweep_again(connection: AsyncConnection, job_id: str) -> None:
+        """Has a job that ended meanwhile swept once more: its data may have come after the sweep."""
+        ended = sa.and_(jobs.c.id == job_id, jobs.c.status.in_(sorted(ENDED)))
+        await connection.execute(jobs.update().where(ended).values(SWEEP_AGAIN))
 
 
 class _CancelledMeanwhile(Exception):

@@ -493,7 +493,10 @@ async def test_an_attempt_can_name_no_objects_but_its_own(services: Services) ->
     former = await lease_of(services, job, trainer_id)
     lease = await lease_of(services, job, trainer_id)
     assert former.attempt_prefix != lease.attempt_prefix
-    for theirs in (f"{former.attempt_prefix}artifact/", "accounts/other/jobs/job-x/attempt-1/artifact/", ""):
+    out_of_it = f"{lease.attempt_prefix}../../../other"
+    for theirs in (
+        f"{former.attempt_prefix}artifact/", "accounts/other/jobs/job-x/attempt-1/artifact/", out_of_it, ""
+    ):  # fmt: skip
         for kind in ("checkpoint", "deploying"):
             named = checkpoint(lease, object_prefix=theirs)
             named.kind = kind

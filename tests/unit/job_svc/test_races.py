@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -95,3 +96,21 @@ async def test_a_lease_renewed_while_lapsed_ones_are_looked_for_stays(
     with pytest.raises(LeaseLost):
         await queue.renew("lost", "lease-lost")
     assert (await stored_job(database, "lost")).faults == 1
+
+
+async def test_leases_from_before_the_clock_was_set_back_are_lost_too(database: Database) -> None:
+    """Of a trainer that is gone; any other would have renewed its lease."""
+    queue = LeaseQueue(database, ChangeFeed(database), Price(0), 0.2, 3, None)
+    for job_id, hours in (("job-a", 1), ("job-b", -1)):
+        expires_at = utc_now() + dt.timedelta(hours=hours)
+        lease = {"leased_by": "trainer", "lease_token": f"lease-{job_id}", "lease_expires_at": expires_at}
+        await insert_job(database, job_id, JobStatus.RUNNING, started_at=utc_now(), attempts=1, **lease)
+    reaping = asyncio.create_task(queue.reap())
+    try:
+        async with asyncio.timeout(20):
+            for job_id in ("job-a", "job-b"):
+                while (await stored_job(database, job_id)).status != "queued":  # noqa: ASYNC110  # no event
+                    await asyncio.sleep(0.02)
+    finally:
+        reaping.cancel()
+        await asyncio.wait([reaping])
