@@ -143,6 +143,7 @@ class Database:
 def _postgres_engine(url: str) -> AsyncEngine:
     return create_async_engine(
         url,
+        hide_parameters=True,
         pool_pre_ping=True,
         skip_autocommit_rollback=True,
         pool_size=20,
@@ -156,7 +157,7 @@ def _postgres_engine(url: str) -> AsyncEngine:
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:
-    engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+    engine = create_async_engine(url, hide_parameters=True, connect_args={"timeout": SQLITE_BUSY_SECONDS})
     _begin_explicitly(engine.sync_engine)
     return engine
 
@@ -164,6 +165,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
 def _sqlite_reader(url: str) -> AsyncEngine:
     engine = create_async_engine(
         url,
+        hide_parameters=True,
         connect_args={"timeout": SQLITE_BUSY_SECONDS},
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,9 +69,10 @@ class EventSpool:
         self._position = position
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file. What a full disk did not take was refused when it was added."""
         self._reader.close()
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
 
 def _parse(line: bytes, message: _Message) -> _Message:

@@ -79,16 +79,22 @@ class Worker:
             reason = f"the trainer can't write to its disk ({error.strerror})"
             shutil.rmtree(folder, ignore_errors=True)
             await self._client.end_attempt(lease, handed_back=worker_pb2.HandedBack(reason=reason))
+            await self._pause_after_fault()
             return
         try:
             is_own_fault = await attempt.run()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         log.info("attempt ended", attempt=lease.attempt)
-        self._faults_in_a_row = self._faults_in_a_row + 1 if is_own_fault else 0
         if is_own_fault:
-            # Another trainer may do better. What is wrong here could fail every job of the queue in turn.
-            await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._faults_in_a_row, _LONGEST_PAUSE_SECONDS))
+            await self._pause_after_fault()
+        else:
+            self._faults_in_a_row = 0
+
+    async def _pause_after_fault(self) -> None:
+        """Another trainer may do better. What is wrong here could fail every job of the queue in turn."""
+        self._faults_in_a_row += 1
+        await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._faults_in_a_row, _LONGEST_PAUSE_SECONDS))
 
     async def _clear_work_dir(self) -> None:
         """Sends what a killed trainer had not sent, and removes what it left."""

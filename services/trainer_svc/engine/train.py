@@ -30,6 +30,7 @@ from trainer_svc.engine.setup import Workload, prepare
 from trainer_svc.engine.wandb_tracking import start_wandb
 
 _LISTED_ROWS = 20
+_LONGEST_SECONDS = 100 * 365 * 24 * 3600  # a date beyond the year 9999 can't be told
 
 
 def fine_tune(spec: RunSpec, on_event: Subscriber | None = None) -> Path:
@@ -264,7 +265,7 @@ class Loop:
         state, total_steps = self._state, self._workload.plan.total_steps
         remaining_seconds = self._progress.remaining_seconds(total_steps - state.step)
         tokens_per_second = self._progress.tokens_per_second
-        finish = datetime.now(UTC) + timedelta(seconds=remaining_seconds)
+        finish = datetime.now(UTC) + timedelta(seconds=min(remaining_seconds, _LONGEST_SECONDS))
         facts = {
             "step": state.step,
             "total_steps": total_steps,

@@ -46,3 +46,19 @@ async def test_a_transaction_that_is_cancelled_midway_locks_nothing(tmp_path: Pa
     async with database.read() as connection:
         assert (await connection.execute(sa.text("SELECT number FROM rows"))).scalars().all() == [2]
     await database.close()
+
+
+@pytest.mark.parametrize(
+    "statement", ["INSERT INTO rows VALUES (:value)", "SELECT * FROM none WHERE x = :value"]
+)
+async def test_errors_name_no_values(tmp_path: Path, statement: str) -> None:
+    """They get into logs, and values are users' or secrets."""
+    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'rows.sqlite'}")
+    async with database.write() as connection:
+        await connection.execute(sa.text("CREATE TABLE rows (number INTEGER CHECK (number < 0))"))
+    for use in (database.write, database.read):
+        with pytest.raises(sa.exc.DBAPIError) as raised:
+            async with use() as connection:
+                await connection.execute(sa.text(statement), {"value": "secret"})
+        assert "secret" not in str(raised.value)
+    await database.close()

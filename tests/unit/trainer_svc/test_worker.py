@@ -80,3 +80,26 @@ async def test_pauses_grow_while_attempts_fail_here(worker: Worker, monkeypatch:
     for _ in outcomes:
         await worker._attempt(LEASE)
     assert [call.args[0] for call in pauses.call_args_list] == [1, 2, 4, 1, 2, 4, 8, 16, *[30] * 5]
+
+
+async def test_a_folder_that_cant_be_made_is_no_endless_loop(
+    worker: Worker, client: AsyncMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = AsyncMock()
+    monkeypatch.setattr(worker_module, "Attempt", Mock(side_effect=FileExistsError(17, "File exists")))
+    monkeypatch.setattr(asyncio, "sleep", pauses)
+    for _ in range(3):
+        await worker._attempt(LEASE)
+    assert [call.args[0] for call in pauses.call_args_list] == [1, 2, 4]
+    assert len(client.end_attempt.call_args_list) == 3
+
+
+def test_a_spool_on_a_full_disk_closes(tmp_path: Path) -> None:
+    """What it refused was told when it was added; its end must not end the trainer."""
+    spool = EventSpool.create(tmp_path / SPOOL_FILE, LEASE)
+    spool._writer.close()
+    spool._writer = open("/dev/full", "ab")  # noqa: SIM115  # the spool closes it
+    with pytest.raises(OSError, match="No space left"):
+        spool.add(worker_pb2.Event(seq=1, kind="log", message="x"))
+    spool.close()
+    assert spool._writer.closed
