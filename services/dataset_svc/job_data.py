@@ -27,8 +27,8 @@ from svc_kit.object_store import ObjectStore, account_prefix, patiently
 from trainer_svc.base_models import base_model_dir
 
 TRAINING, VALIDATION = "training", "validation"
-# Bad rows that the error report names; those after them are counted.
-MAX_REPORTED_ROWS = 1_000
+# Bad rows that the error report names, with up to some tens of problems each; those after them are counted.
+MAX_REPORTED_ROWS = 50_000
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ async def test_what_still_reaches_the_store_of_a_cancelled_job_is_removed(
 
 async def test_the_error_report_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of two bytes a row would fill the disk with what is wrong in each."""
+    monkeypatch.setattr(job_data, "MAX_REPORTED_ROWS", 100)
     num_rows = 50 * job_data.MAX_REPORTED_ROWS
 
     async def fetch(_account_id: str, _uri: str, path: Path) -> str:
