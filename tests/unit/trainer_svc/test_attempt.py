@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+from svc_kit.errors import LeaseLost
 from trainer_svc.attempt import Attempt, with_newest
 from tunery.trainer.v1 import worker_service_pb2 as worker_pb2
+
+LEASE_SECONDS = 0.1
 
 
 @pytest.mark.parametrize(
@@ -94,3 +98,40 @@ async def test_a_checkpoint_that_can_not_be_stored_ends_the_attempt(
     failed = client.end_attempt.call_args.kwargs["failed"]
     assert failed.fault == "platform"
     assert "no such bucket" in failed.message
+
+
+async def test_nothing_is_stored_once_the_lease_may_be_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store knows no leases: a trainer that stood still asks first, and hears that its own is lost."""
+    num_renewals, stored = 0, []
+
+    async def call(method: str, _: worker_pb2.RenewLeaseRequest) -> None:
+        nonlocal num_renewals
+        assert method == "RenewLease"
+        num_renewals += 1
+        if num_renewals > 1:
+            raise LeaseLost("lost")
+
+    async def put_folder(_prefix: str, _folder: Path, before_each: Callable[[], Awaitable[None]]) -> None:
+        for name in ("first", "second", "third"):
+            await before_each()
+            stored.append(name)
+            await asyncio.sleep(2 * LEASE_SECONDS)  # the trainer stands still
+
+    lease = worker_pb2.Lease(job_id="job-a", lease_token="lease-a", lease_seconds=LEASE_SECONDS)
+    client = AsyncMock(call_until_answered=call)
+    attempt = Attempt(
+        lease, client, Mock(put_folder=put_folder), Mock(), tmp_path, Mock(), tmp_path / "run", 1
+    )
+
+    async def train() -> worker_pb2.Completed:
+        attempt._transfers.put_nowait(partial(attempt._store_checkpoint, {"path": "checkpoints/epoch-1"}))
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(attempt, "_train", train)
+    async with asyncio.timeout(20):
+        await attempt.run()
+    assert stored == ["first"]
+    assert client.end_attempt.call_args.kwargs["handed_back"].reason == "the run was stopped"
