@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from svc_kit.addresses import Addresses
@@ -109,3 +109,7 @@ class ObjectStoreSettings(TunerySettings):
     s3_secret_key: SecretStr = Field(description="The secret key.")
     s3_bucket: str = Field("tunery", description="The bucket; made at start where it doesn't exist.")
     s3_region: str = Field("us-east-1", description="The bucket's region.")
+    s3_ca_file: FilePath | None = Field(
+        None,
+        description="PEM file of the authority that signs the store's certificate; unset: the public ones.",
+    )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import secrets
+import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import urllib3
 from minio.error import MinioException
 from pydantic import SecretStr
 
 from svc_kit.errors import NotFound
 from svc_kit.object_store import PART_BYTES, ObjectStore
 from svc_kit.settings import ObjectStoreSettings
+from tests.certificates import Authority
 
 
 @pytest.fixture
@@ -29,6 +36,61 @@ def prefix() -> str:
 
 async def read(store: ObjectStore, key: str) -> bytes:
     return b"".join([chunk async for chunk in store.read_chunks(key)])
+
+
+@pytest.fixture
+async def https_store(embedded_s3: ObjectStoreSettings, tmp_path: Path) -> AsyncIterator[ObjectStoreSettings]:
+    """The same store behind TLS, with a certificate of an authority of its own."""
+    tls = Authority(tmp_path).issue("s3")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls.cert_file, tls.key_file)
+    upstream = urlsplit(embedded_s3.s3_endpoint)
+
+    connections = []
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.current_task())
+        from_store, to_store = await asyncio.open_connection(upstream.hostname, upstream.port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(copy(reader, to_store))
+                group.create_task(copy(from_store, writer))
+        finally:
+            for each in (writer, to_store):
+                each.close()
+                with contextlib.suppress(OSError):
+                    await each.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    yield embedded_s3.model_copy(
+        update={"s3_endpoint": f"https://127.0.0.1:{port}", "s3_ca_file": tls.ca_file}
+    )
+    server.close()
+    tasks = [connection for connection in connections if connection]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_store_with_a_certificate_of_its_own(
+    https_store: ObjectStoreSettings, prefix: str, tmp_path: Path
+) -> None:
+    store = ObjectStore(https_store)
+    await store.wait_and_create_bucket()
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 1000)
+    await store.put_file(prefix + "x", file)
+    assert await read(store, prefix + "x") == b"x" * 1000
+
+    stranger = ObjectStore(https_store.model_copy(update={"s3_ca_file": None}))
+    with pytest.raises(urllib3.exceptions.HTTPError, match="CERTIFICATE_VERIFY_FAILED"):
+        await asyncio.to_thread(stranger.create_bucket)
 
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES + 7])
