@@ -14,12 +14,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from job_svc.paging import Page
 from job_svc.tables import credit_accounts, credit_entries
 from svc_kit.database import Database, utc_now
 from svc_kit.errors import InsufficientCredits, InvalidRequest
 
 MICRO = 1_000_000
 MAX_CREDITS = 1e9
+MAX_ENTRIES = 10_000
 # Texts in Latin letters have about 4 bytes a token and a chat template adds about 20 tokens a row; both
 # are taken on the safe side, so that what is held covers what will be charged.
 BYTES_PER_TOKEN = 3
@@ -132,8 +134,9 @@ class CreditLedger:
                 return None
             return await _balance(connection, account_id)
 
-    async def entries(self, account_id: str) -> list[sa.Row[Any]]:
-        """Returns the account's entries, oldest first."""
-        query = credit_entries.select().where(credit_entries.c.account_id == account_id)
+    async def entries(self, account_id: str, page: Page) -> list[sa.Row[Any]]:
+        """Returns a page of the account's entries, oldest first."""
+        own = credit_entries.select().where(credit_entries.c.account_id == account_id)
+        oldest = own.order_by(credit_entries.c.number).limit(page.limit).offset(page.offset)
         async with self._database.read() as connection:
-            return list(await connection.execute(query.order_by(credit_entries.c.number)))
+            return list(await connection.execute(oldest))

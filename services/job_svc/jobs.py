@@ -15,6 +15,7 @@ from job_svc.change_feed import SWEEP, VALIDATION, ChangeFeed, job_topic
 from job_svc.job_data_client import JobDataClient
 from job_svc.job_plan import JobPlan
 from job_svc.job_state import ENDED, LIVE, JobStatus, move
+from job_svc.paging import Page
 from job_svc.tables import checkpoints, events, jobs, models
 from svc_kit.catalog import BaseModelEntry, Catalog
 from svc_kit.database import Database, utc_now
@@ -28,7 +29,6 @@ from tunery.dataset.v1 import job_data_service_pb2 as data_pb2
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
 _JOB_ID = re.compile(r"job-[a-z2-7]{20}")
-_LARGEST_OFFSET = 2**31 - 1
 # torchtune's name for the attention's last matrix, whatever transformers calls it.
 OUTPUT_PROJECTION = "output_proj"
 # Put together once, which takes longer than SQLite's answer.
@@ -204,24 +204,13 @@ class Jobs:
             raise NotFound(f"There is no job {job_id!r}.")
         return row
 
-    async def page(
-        self, account_id: str, limit: int | None, offset: int | None
-    ) -> tuple[list[sa.Row[Any]], int]:
-        """Returns a page of jobs, newest first, and how many there are in all.
-
-        Raises:
-            InvalidRequest: limit is not 1 to `MAX_PAGE`, or offset is negative.
-        """
-        limit, offset = DEFAULT_PAGE if limit is None else limit, offset or 0
-        if not 1 <= limit <= MAX_PAGE:
-            raise InvalidRequest(f"`limit` must be from 1 to {MAX_PAGE}, but it is {limit}.", field="limit")
-        if not 0 <= offset <= _LARGEST_OFFSET:
-            raise InvalidRequest(f"`offset` must be 0 or more, but it is {offset}.", field="offset")
+    async def page(self, account_id: str, page: Page) -> tuple[list[sa.Row[Any]], int]:
+        """Returns a page of jobs, newest first, and how many there are in all."""
         own = jobs.c.account_id == account_id
-        page = jobs.select().where(own).order_by(jobs.c.number.desc()).limit(limit).offset(offset)
+        newest = jobs.select().where(own).order_by(jobs.c.number.desc())
         async with self._database.read() as connection:
             total = await connection.scalar(sa.select(sa.func.count()).where(own))
-            return list(await connection.execute(page)), total or 0
+            return list(await connection.execute(newest.limit(page.limit).offset(page.offset))), total or 0
 
     async def cancel(self, account_id: str, job_id: str) -> sa.Row[Any]:
         """Cancels a job and settles its credits; its trainer stops when it next renews its lease.

@@ -11,12 +11,13 @@ from google.protobuf import empty_pb2
 
 from job_svc import views
 from job_svc.config_request import CancelBody, ConfigBody
-from job_svc.credits import MICRO, CreditLedger
+from job_svc.credits import MAX_ENTRIES, MICRO, CreditLedger
 from job_svc.csv_job_request import CsvJobBody
 from job_svc.job_files import TAR, JobFiles
-from job_svc.jobs import Jobs
+from job_svc.jobs import DEFAULT_PAGE, MAX_PAGE, Jobs
 from job_svc.log_stream import LogStream
 from job_svc.models import Models
+from job_svc.paging import Page
 from svc_kit.catalog import Catalog
 from svc_kit.errors import InvalidRequest
 from svc_kit.idempotency import idempotency_key
@@ -53,6 +54,17 @@ def _account_id() -> str:
     return current_identity().subject
 
 
+def _page(
+    request: job_service_pb2.ListJobsRequest | credit_pb2.ListCreditEntriesRequest, default: int, most: int
+) -> Page:
+    return Page.of(
+        request.limit if request.HasField("limit") else None,
+        request.offset if request.HasField("offset") else None,
+        default=default,
+        most=most,
+    )
+
+
 def _required_job_id(job_id: str) -> str:
     if not job_id:
         raise InvalidRequest("`job_id` is missing.", field="job_id")
@@ -82,11 +94,9 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         return await self._show(job.id, views.job_message)
 
     async def ListJobs(self, request: job_service_pb2.ListJobsRequest, context: Any) -> job_pb2.JobList:
-        limit = request.limit if request.HasField("limit") else None
-        offset = request.offset if request.HasField("offset") else None
-        page, total = await self._jobs.page(_account_id(), limit, offset)
-        model_ids = await self._models.of_jobs([job.id for job in page])
-        data = [views.job_message(job, model_ids.get(job.id)) for job in page]
+        found, total = await self._jobs.page(_account_id(), _page(request, DEFAULT_PAGE, MAX_PAGE))
+        model_ids = await self._models.of_jobs([job.id for job in found])
+        data = [views.job_message(job, model_ids.get(job.id)) for job in found]
         return job_pb2.JobList(data=data, total=total)
 
     async def GetJob(self, request: job_service_pb2.GetJobRequest, context: Any) -> job_pb2.Job:
@@ -248,7 +258,8 @@ class CreditServicer(credit_service_pb2_grpc.CreditServiceServicer):
     async def ListCreditEntries(
         self, request: credit_pb2.ListCreditEntriesRequest, context: Any
     ) -> credit_pb2.CreditEntryList:
-        found = await self._ledger.entries(_account_id())
+        page = _page(request, MAX_ENTRIES, MAX_ENTRIES)
+        found = await self._ledger.entries(_account_id(), page)
         return credit_pb2.CreditEntryList(data=[views.entry_message(entry) for entry in found])
 
 

@@ -147,4 +147,6 @@ credit_entries = sa.Table(
     sa.Column("job_id", sa.String(40), nullable=False, server_default=""),  # "" keeps the next line's promise
     sa.Column("created_at", UtcTime, nullable=False),
     sa.UniqueConstraint("account_id", "job_id", "kind", name="credit_entries_once"),
+    # Has all that a balance is made of: the table itself isn't read for it.
+    sa.Index("credit_entries_by_account", "account_id", "number", "amount"),
 )

@@ -109,3 +109,26 @@ async def test_an_account_without_a_balance_pays_nothing(services: Services) -> 
     assert not credits.HasField("balance")
     job = await services.new_job(account)
     await services.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=job.id), metadata=account)
+
+
+async def test_the_ledger_in_pages(services: Services) -> None:
+    account = await open_account(services, 100)
+    for _ in range(2):
+        await services.new_job(account)
+
+    async def page(**wanted: int) -> list[float]:
+        request = credit_service_pb2.ListCreditEntriesRequest(**wanted)
+        answer = await services.credits.ListCreditEntries(request, metadata=account)
+        return [entry.amount for entry in answer.data]
+
+    everything = await page()
+    assert len(everything) == 3
+    assert everything[0] == 100
+    assert await page(limit=2) == everything[:2]
+    assert await page(limit=2, offset=2) == everything[2:]
+    assert await page(offset=3) == []
+    for wanted in ({"limit": 0}, {"limit": 10_001}, {"limit": -1}, {"offset": -1}):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await page(**wanted)
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await cancel_all(services, account)
