@@ -28,6 +28,9 @@ local UNFORESEEN = {"server_error", "internal_error", "The service failed; its l
 local ROUTER_TIMEOUT = "upstream request timeout"
 local BODY_OVER_LIMIT = "request too long"
 local BODY_NOT_KEPT = "exceeded request buffer limit while retrying upstream"
+-- A service's answer to a token of the gateway's own: a clock was set, or the call took long. The client's key is
+-- as good as before.
+local BAD_IDENTITY = "The identity token is not valid."
 local NDJSON = "application/x-ndjson"
 local INTERNAL_HEADERS = {"x-http-status", "x-http-content-type"}
 local GRPC_HEADERS = {"grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-accept-encoding", "grpc-encoding"}
@@ -126,6 +129,10 @@ local function envelope(http_status, content_type, text)
   end
   local status = read_value(text, 1)
   local info = error_info(status)
+  if info and http_status == "401" and status.message == quoted(BAD_IDENTITY) then
+    local row = PLAIN["503"]
+    return "503", quoted(row[3]), row[1], row[2]
+  end
   if info then
     local metadata = type(info.metadata) == "table" and info.metadata or {}
     local wanted = plain(metadata.http_status)
@@ -143,6 +150,11 @@ end
 -- A native call that ended before its first message: its status stands in the headers.
 local function answer_native(headers)
   local status, message = headers:get("grpc-status"), headers:get("grpc-message")
+  if status == "16" and message == BAD_IDENTITY then
+    headers:remove("grpc-status-details-bin")
+    headers:replace("grpc-status", "14")
+    headers:replace("grpc-message", PLAIN["503"][3])
+  end
   if not status or status == "0" or headers:get("grpc-status-details-bin") then return end
   if message == ROUTER_TIMEOUT then
     headers:replace("grpc-status", "4")

@@ -188,6 +188,7 @@ class Verifier:
                 options={"require": ["exp", "iat", "sub", "aud", "iss"]},
             )
         except (jwt.InvalidTokenError, KeyError, TypeError) as error:
+            # The gateway, whose token it is, answers by this text that the call is to be sent again.
             raise Unauthenticated("The identity token is not valid.") from error
         scopes = str(claims.get("scope", "")).split()
         identity = Identity(

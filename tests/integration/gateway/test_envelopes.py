@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,9 +21,11 @@ from svc_kit.errors import (
     InvalidRequest,
     NotFound,
     TuneryError,
+    Unauthenticated,
     table,
     to_status,
 )
+from svc_kit.identity import Verifier, write_identity_keys
 from tests.integration.gateway.raw_http import exchange, request
 from tests.integration.gateway.stack import FIRST_KEY, Gateway
 from tests.integration.gateway.upstreams import Upstreams
@@ -43,6 +46,30 @@ def error_of(answer: httpx.Response) -> tuple[int, str, str, str]:
     assert set(body["error"]) == {"message", "type", "code"}
     error = body["error"]
     return answer.status_code, error["type"], error["code"], error["message"]
+
+
+@pytest.mark.parametrize("rest", ["GET", "tail"])
+async def test_a_token_of_the_gateways_own_that_is_refused_is_no_clients_fault(
+    gateway: Gateway, upstreams: Upstreams, rest: str, tmp_path: Path
+) -> None:
+    """A clock was set, say: the client's key is good, and the call may be sent again."""
+    write_identity_keys(tmp_path)
+    with pytest.raises(Unauthenticated) as raised:
+        Verifier(tmp_path).verify("no token")
+    for method in ("GetJob", "TailJob"):
+        upstreams.fails(method, raised.value)
+    stub = job_service_pb2_grpc.JobServiceStub(gateway.channel)
+
+    if rest == "GET":
+        assert error_of(await gateway.client.get(JOB))[:3] == (503, "server_error", "unavailable")
+    else:
+        lines = (await gateway.client.get("/fine_tuning/jobs/tail?job_id=x")).text.splitlines()
+        assert [json.loads(line)["error"]["code"] for line in lines] == ["unavailable"]
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await stub.GetJob(
+            job_service_pb2.GetJobRequest(job_id="x"), metadata=(("authorization", f"Bearer {FIRST_KEY}"),)
+        )
+    assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: row.code)
