@@ -255,6 +255,7 @@ end
 local function fault_of_path(path)
   if path:find("//", 1, true) then return "The path has `//`; write one slash between two names." end
   if path:lower():find("%2e", 1, true) then return "The path has `%2e`; write a dot as it is." end
+  if path:find("%00", 1, true) then return "The path is malformed: it has `%00`." end
   for segment in path:gmatch("[^/]+") do
     segment = unescaped(segment)
     if segment:match("^%.%.?$") or segment:match("^%.%.?;") then

@@ -103,6 +103,7 @@ async def test_no_path_gets_past_the_auth_check(
         "/fine_tuning/jobs/x/files/a/%2e%2e/b",
         "/fine_tuning/jobs/x/files/..;/b",
         "/%00",
+        "/api/v1/fine-tuning/jobs/%00",
     ],
 )
 async def test_odd_path_is_refused_even_with_a_key(gateway: Gateway, upstreams: Upstreams, path: str) -> None:
