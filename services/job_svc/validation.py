@@ -33,6 +33,7 @@ _CLAIM = dt.timedelta(seconds=15)
 _FORGOTTEN_AFTER = dt.timedelta(minutes=10)
 _RENEW_SECONDS = 2.0
 _POLL_SECONDS = 2.0
+_TURNS_KEPT = 10_000
 _RETRY_SECONDS = 2.0
 _GIVE_UP_AFTER = dt.timedelta(minutes=30)
 
@@ -55,7 +56,7 @@ class Validator:
         self._feed = feed
         self._job_data = job_data
         self._price = price
-        self._last_turns: dict[str, float] = {}  # of the accounts whose jobs wait
+        self._last_turns: dict[str, float] = {}
 
     async def run(self) -> None:
         """Works until cancelled."""
@@ -111,10 +112,12 @@ class Validator:
 
     def _next_in_turn(self, account_ids: Iterable[str]) -> str | None:
         """The account that had no turn for longest; None if none waits."""
-        self._last_turns = {account: self._last_turns.get(account, 0.0) for account in account_ids}
-        account_id = min(self._last_turns, key=self._last_turns.__getitem__, default=None)
+        account_id = min(account_ids, key=lambda each: self._last_turns.get(each, 0.0), default=None)
         if account_id is not None:
+            self._last_turns.pop(account_id, None)
             self._last_turns[account_id] = time.monotonic()
+            if len(self._last_turns) > _TURNS_KEPT:
+                del self._last_turns[next(iter(self._last_turns))]  # the longest ago
         return account_id
 
     async def _validate_claimed(self, job: sa.Row[Any]) -> None:

@@ -164,6 +164,23 @@ async def test_accounts_take_turns(database: Database) -> None:
     assert claimed == ["a-0", "b-1", "a-1", "b-2", "a-2"]
 
 
+async def test_an_account_had_its_turn_though_others_were_asked_for_meanwhile(database: Database) -> None:
+    for account_id in ("a", "b", "c"):
+        await insert_jobs(database, account_id, *(f"{account_id}-{number}" for number in range(3)))
+    validator = Validator(database, ChangeFeed(database), Mock(), Price(0))
+
+    under_way, claimed = [], []
+    for _ in range(9):
+        job = await validator._claim()
+        assert job is not None
+        claimed.append(job.id)
+        under_way.append(job)
+        if len(under_way) == 2:
+            await validator._fail(under_way.pop(0), "no rows", "job", None)
+
+    assert claimed == [f"{account_id}-{number}" for number in range(3) for account_id in ("a", "b", "c")]
+
+
 @pytest.mark.parametrize(
     ("claimed_before_minutes", "is_forgotten"), [(0.1, False), (9, False), (11, True), (-60, False)]
 )
