@@ -41,6 +41,13 @@ def test_what_the_engine_may_go_back_to_is_kept(
     assert found[-1] == (step, newest)
 
 
+async def write_a_checkpoint_and_go_on(attempt: Attempt) -> worker_pb2.Completed:
+    """A run that has no end of its own."""
+    attempt._transfers.put_nowait(partial(attempt._store_checkpoint, {"path": "checkpoints/epoch-1"}))
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 @pytest.mark.parametrize("moment", ["killing", "telling", "waiting for job_svc"])
 async def test_what_came_of_a_run_is_told_though_the_trainer_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -85,12 +92,7 @@ async def test_a_checkpoint_that_can_not_be_stored_ends_the_attempt(
     client = AsyncMock()
     attempt = Attempt(lease, client, store, Mock(), tmp_path, Mock(), tmp_path / "run", 1)
 
-    async def train() -> worker_pb2.Completed:
-        attempt._transfers.put_nowait(partial(attempt._store_checkpoint, {"path": "checkpoints/epoch-1"}))
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    monkeypatch.setattr(attempt, "_train", train)
+    monkeypatch.setattr(attempt, "_train", partial(write_a_checkpoint_and_go_on, attempt))
 
     async with asyncio.timeout(20):
         await attempt.run()
@@ -125,12 +127,7 @@ async def test_nothing_is_stored_once_the_lease_may_be_anothers(
         lease, client, Mock(put_folder=put_folder), Mock(), tmp_path, Mock(), tmp_path / "run", 1
     )
 
-    async def train() -> worker_pb2.Completed:
-        attempt._transfers.put_nowait(partial(attempt._store_checkpoint, {"path": "checkpoints/epoch-1"}))
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    monkeypatch.setattr(attempt, "_train", train)
+    monkeypatch.setattr(attempt, "_train", partial(write_a_checkpoint_and_go_on, attempt))
     async with asyncio.timeout(20):
         await attempt.run()
     assert stored == ["first"]
